@@ -1,0 +1,73 @@
+# `make demo` shows what the template makes; `make test` proves it.
+PYTHON ?= python3
+PORT ?= 8080
+TEMPLATE := {{cookiecutter.project_slug}}
+REQUIREMENTS := $(TEMPLATE)/requirements
+DEMO := build/demo-venv
+DEV := build/dev-venv
+COMPILE := uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-header --no-annotate
+
+# The template is code that runs where it stands. What running it leaves behind belongs in build/,
+# or else it would be in every project that is made from this folder.
+export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
+export RUFF_CACHE_DIR := $(CURDIR)/build/ruff
+export MYPY_CACHE_DIR := $(CURDIR)/build/mypy
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
+
+$(DEMO)/installed: requirements/demo.lock
+	@$(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/demo.lock
+	@touch $@
+
+$(DEV)/installed: requirements/dev.lock $(DEMO)/installed
+	$(PYTHON) -m venv $(DEV)
+	$(DEMO)/bin/uv pip sync --quiet --python $(DEV)/bin/python requirements/dev.lock
+	touch $@
+
+.PHONY: demo
+demo: $(DEMO)/installed  ## Make the default project, train, serve and ask it; stop with Ctrl-C
+	@PORT=$(PORT) $(DEMO)/bin/python scripts/demo.py
+
+.PHONY: test
+test: lint test-in-place test-generator  ## Everything: lint, types, the template in place, what it makes
+
+.PHONY: lint
+lint: $(DEV)/installed  ## Style, formatting and types, of the generator and of the template
+	$(DEV)/bin/ruff check
+	$(DEV)/bin/ruff format --check
+	$(DEV)/bin/mypy
+	cd '$(TEMPLATE)' && ../$(DEV)/bin/mypy
+
+.PHONY: test-in-place
+test-in-place: $(DEV)/installed  ## The tests of the template, where they stand, with all its samples
+	rm -rf build/artifacts
+	cd '$(TEMPLATE)' && for script in training/*.py; do \
+		ARTIFACTS_DIR=../build/artifacts ../$(DEV)/bin/python -m training.$$(basename $$script .py) || exit 1; done
+	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts DEFAULT_MODEL=fraud \
+		../$(DEV)/bin/python -m pytest -p no:cacheprovider
+
+.PHONY: test-generator
+test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
+	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
+
+.PHONY: format
+format: $(DEV)/installed  ## Mend style and formatting
+	$(DEV)/bin/ruff check --fix
+	$(DEV)/bin/ruff format
+
+.PHONY: lock
+lock: $(DEMO)/installed  ## Lock newest versions, with hashes, here and for each kind of model
+	cd requirements && ../$(DEMO)/bin/$(COMPILE) demo.in -o demo.lock
+	cd requirements && ../$(DEMO)/bin/$(COMPILE) dev.in ../$(REQUIREMENTS)/*.in ../$(REQUIREMENTS)/*/*.in -o dev.lock
+	for kind in onnx sklearn image; do ( cd '$(REQUIREMENTS)' && \
+		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in -o $$kind/service.lock && \
+		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in $$kind/train.in dev.in -o $$kind/dev.lock ) || exit 1; done
+
+.PHONY: clean
+clean:  ## Remove what was made here
+	rm -rf build

@@ -1,0 +1,121 @@
+"""Projects as they are made: exactly the files they should have, all of them sound."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import KINDS, BakedProject
+
+FILES = [
+    ".gitignore",
+    "Makefile",
+    "README.md",
+    "gunicorn.conf.py",
+    "pyproject.toml",
+    "app/__init__.py",
+    "app/__main__.py",
+    "app/artifacts.py",
+    "app/discovery.py",
+    "app/errors.py",
+    "app/inference.py",
+    "app/lifecycle.py",
+    "app/logs.py",
+    "app/main.py",
+    "app/metrics.py",
+    "app/predictor.py",
+    "app/publish.py",
+    "app/repository.py",
+    "app/settings.py",
+    "app/worker.py",
+    "app/api/__init__.py",
+    "app/api/json_route.py",
+    "app/api/middleware.py",
+    "app/api/models.py",
+    "app/api/openapi.py",
+    "app/api/predict.py",
+    "app/api/probes.py",
+    "app/api/problems.py",
+    "predictors/churn.py",
+    "training/churn.py",
+    "tests/test_churn.py",
+    "tests/conftest.py",
+    "requirements/dev.in",
+    "requirements/dev.lock",
+    "requirements/model.in",
+    "requirements/service.in",
+    "requirements/service.lock",
+    "requirements/train.in",
+    "tests/service/conftest.py",
+    "tests/service/server.py",
+    "tests/service/predictors/double.py",
+    "tests/service/predictors/faulty.py",
+    "tests/service/predictors/gate.py",
+    "tests/service/test_api.py",
+    "tests/service/test_artifacts.py",
+    "tests/service/test_failures.py",
+    "tests/service/test_requests.py",
+    "tests/service/test_requirements.py",
+    "tests/service/test_settings.py",
+    "tests/service/test_start.py",
+    "tests/service/test_stop.py",
+]
+ONNX_FILES = ["app/onnx.py", "tests/service/test_onnx.py"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_has_exactly_these_files(bake: Callable[..., BakedProject], kind: str) -> None:
+    project = bake(model_kind=kind, model_name="churn")
+    assert project.files() == {*FILES, *(ONNX_FILES if kind != "sklearn" else [])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_template_is_left(bake: Callable[..., BakedProject], kind: str) -> None:
+    project = bake(model_kind=kind, model_name="churn", project_name="Churn")
+    samples = r"\b(predictors|training|artifacts)[./](fraud|wine|digits)\b"
+    for name in project.files():
+        text = project.read(name)
+        assert not re.search(r"\{\{|\{%|%\}|cookiecutter\.", text), name
+        assert not re.search(samples, text), name
+        assert "\r" not in text
+        assert text.endswith("\n") or not text
+        if name.endswith(".py"):
+            ast.parse(text)
+        if name.endswith(".toml"):
+            tomllib.loads(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_readme_names_files_that_exist(bake: Callable[..., BakedProject], kind: str) -> None:
+    project = bake(model_kind=kind, model_name="churn")
+    readme = project.read("README.md")
+    for target in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (project.path / target).exists()
+    mentioned = re.findall(r"`([a-z_/]+(?:\.(?:py|in|lock|toml)|/))`", readme)
+    assert len(mentioned) > 10
+    for name in set(mentioned) - {"artifacts/"}:
+        assert any(
+            Path(project.path, folder, name).exists() for folder in ("", "app", "requirements")
+        ), name
+    assert "\n\n\n" not in readme
+
+
+def test_a_project_made_twice_is_the_same(
+    bake: Callable[..., BakedProject], template: Path, tmp_path: Path
+) -> None:
+    project = bake(model_kind="image")
+    before = {name: project.read(name) for name in project.files()}
+    again = ["cookiecutter", "--no-input", "--overwrite-if-exists", "--output-dir", str(tmp_path)]
+    subprocess.run([*again, str(template), "model_kind=image"], check=True, capture_output=True)
+    assert {name: project.read(name) for name in project.files()} == before
+
+
+def test_the_next_commands_are_told(template: Path, tmp_path: Path) -> None:
+    command = ["cookiecutter", "--no-input", "--output-dir", str(tmp_path), str(template)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "cd fraud-detection\n    make run" in told
+    assert "predictors/fraud.py" in told

@@ -1,0 +1,1 @@
+"""The service around the predictors: edit predictors/, leave app/ to `cruft update`."""

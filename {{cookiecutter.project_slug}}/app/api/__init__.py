@@ -1,0 +1,1 @@
+"""Thin adapters between HTTP and the service, one protocol each."""

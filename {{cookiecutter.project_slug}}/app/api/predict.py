@@ -1,0 +1,186 @@
+"""POST /v1/predict and /v1/predict/batch, and the same for each model by name."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from http import HTTPStatus
+from time import perf_counter
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Request
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
+
+from app import inference
+from app.api.json_route import JsonRoute
+from app.api.problems import problems
+from app.errors import FieldError, invalid_fields
+from app.predictor import BaseFeatures, BasePrediction, ItemError
+from app.repository import ModelRepository, Outcome, ServedModel
+
+PROBLEMS = problems(
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
+
+
+class PredictRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    features: BaseFeatures
+
+
+class BatchRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    instances: list[BaseFeatures]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    request_id: str
+    """The caller's X-Request-ID, or one made here; it finds the request in the logs."""
+
+    model: str
+    model_version: str
+    processing_time_ms: float
+    """Time on the server, from the first byte of the body on."""
+
+    timestamp: AwareDatetime
+
+
+class PredictResponse(_Answer):
+    prediction: BasePrediction
+
+
+class BatchResponse(_Answer):
+    predictions: list[BasePrediction]
+    """One for each instance, in the order of the request."""
+
+
+def add_predict_routes(app: FastAPI, repository: ModelRepository, max_instances: int) -> None:
+    """Route each model with its own schemas, and the default model without a name as well."""
+    for name, model in repository.models.items():
+        prefixes = [f"/v1/models/{name}"]
+        if name == repository.default:
+            prefixes.insert(0, "/v1")
+        for prefix in prefixes:
+            _add_single(app, f"{prefix}/predict", model)
+            _add_batch(app, f"{prefix}/predict/batch", model, max_instances)
+
+    @app.post("/v1/models/{model}/predict", include_in_schema=False)
+    @app.post("/v1/models/{model}/predict/batch", include_in_schema=False)
+    async def no_such_model(model: str) -> None:
+        repository.get(model)
+
+
+def _add_single(app: FastAPI, path: str, model: ServedModel) -> None:
+    predictor = model.predictor_class
+    title = _title(model)
+    request_type = create_model(
+        f"{title}PredictRequest", __base__=PredictRequest, features=(predictor.features, ...)
+    )
+    response_type = create_model(
+        f"{title}PredictResponse", __base__=PredictResponse, prediction=(predictor.prediction, ...)
+    )
+    example = {"features": predictor.example.model_dump(mode="json")}
+
+    async def predict(body: PredictRequest, request: Request) -> PredictResponse:
+        started = perf_counter()
+        answer = await inference.predict(model, [body.features], request.state.deadline)
+        [prediction] = _predictions(answer.outcomes, lambda _: "features")
+        return response_type.model_construct(
+            **_envelope(request, answer, started), prediction=prediction
+        )
+
+    _declare_body(predict, request_type, example)
+    _add(app, path, predict, response_type, f"Score one row with {model.name}")
+
+
+def _add_batch(app: FastAPI, path: str, model: ServedModel, max_instances: int) -> None:
+    predictor = model.predictor_class
+    title = _title(model)
+    rows = Annotated[list[predictor.features], Field(min_length=1, max_length=max_instances)]  # type: ignore[name-defined]
+    request_type = create_model(
+        f"{title}BatchRequest", __base__=BatchRequest, instances=(rows, ...)
+    )
+    response_type = create_model(
+        f"{title}BatchResponse",
+        __base__=BatchResponse,
+        predictions=(list[predictor.prediction], ...),  # type: ignore[name-defined]
+    )
+    example = {"instances": [predictor.example.model_dump(mode="json")]}
+
+    async def predict(body: BatchRequest, request: Request) -> BatchResponse:
+        started = perf_counter()
+        answer = await inference.predict(model, body.instances, request.state.deadline)
+        predictions = _predictions(answer.outcomes, lambda row: f"instances.{row}")
+        return response_type.model_construct(
+            **_envelope(request, answer, started), predictions=predictions
+        )
+
+    _declare_body(predict, request_type, example)
+    _add(app, path, predict, response_type, f"Score rows with {model.name}")
+
+
+Endpoint = Callable[..., Awaitable[_Answer]]
+
+
+def _declare_body(endpoint: Endpoint, body: type[BaseModel], example: dict[str, Any]) -> None:
+    # The types are the model's own, known only now.
+    endpoint.__annotations__["body"] = Annotated[body, Body(examples=[example])]
+
+
+def _add(
+    app: FastAPI, path: str, endpoint: Endpoint, response_type: type[BaseModel], summary: str
+) -> None:
+    app.router.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        response_model=response_type,
+        responses=PROBLEMS,
+        summary=summary,
+        tags=["predict"],
+        route_class_override=JsonRoute,
+    )
+
+
+def _title(model: ServedModel) -> str:
+    return "".join(word.capitalize() for word in model.name.split("_"))
+
+
+def _envelope(request: Request, answer: inference.Answer, started: float) -> dict[str, Any]:
+    return {
+        "request_id": request.state.request_id,
+        "model": answer.model,
+        "model_version": answer.version,
+        "processing_time_ms": round((perf_counter() - started) * 1000, 3),
+        "timestamp": datetime.now(UTC),
+    }
+
+
+def _predictions(
+    outcomes: Sequence[Outcome], path_of: Callable[[int], str]
+) -> list[BasePrediction]:
+    """The predictions, if all rows have one.
+
+    Raises:
+        InvalidInput: it names the rows that the model could not score.
+    """
+    refused = [
+        FieldError(
+            field=".".join(filter(None, [path_of(row), outcome.field])), message=outcome.reason
+        )
+        for row, outcome in enumerate(outcomes)
+        if isinstance(outcome, ItemError)
+    ]
+    if refused:
+        raise invalid_fields(refused)
+    return [outcome for outcome in outcomes if isinstance(outcome, BasePrediction)]

@@ -1,0 +1,70 @@
+"""Opening an ONNX Runtime session well: the right device or a clear refusal, and sane threads."""
+
+import math
+import os
+from pathlib import Path
+
+import onnxruntime as ort
+
+from app.errors import StartupError
+from app.predictor import Device, Provider
+
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+
+
+def open_session(path: Path, device: Device, threads: int | None = None) -> ort.InferenceSession:
+    """A session for the model in `path`.
+
+    Args:
+        device: "auto" takes CUDA where onnxruntime has it, else the CPU.
+        threads: for one operator; by default the CPUs that this process may use.
+
+    Raises:
+        StartupError: `device` is "cuda" and onnxruntime fell back to the CPU, which it does
+            silently (microsoft/onnxruntime#21825).
+    """
+    options = ort.SessionOptions()
+    # Left alone, onnxruntime counts the host's cores and ignores a container's quota
+    # (microsoft/onnxruntime#29510).
+    options.intra_op_num_threads = threads or usable_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+
+    has_cuda = _CUDA in ort.get_available_providers()
+    if device == "cuda" and not has_cuda:
+        raise StartupError(
+            "DEVICE=cuda, but this onnxruntime has no CUDA provider; install onnxruntime-gpu "
+            "in its place, or set DEVICE=cpu"
+        )
+    providers: list[str | tuple[str, dict[str, str]]] = [_CPU]
+    if has_cuda and device != "cpu":
+        ort.preload_dlls(directory="")
+        # The default, EXHAUSTIVE, takes hundreds of milliseconds for each new input shape.
+        providers.insert(0, (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
+    session = ort.InferenceSession(path, options, providers=providers)
+    if device == "cuda" and provider_of(session) != "cuda":
+        raise StartupError(
+            "DEVICE=cuda, but the CUDA provider did not start; check the NVIDIA driver and the "
+            "CUDA and cuDNN libraries, or set DEVICE=cpu"
+        )
+    return session
+
+
+def provider_of(session: ort.InferenceSession) -> Provider:
+    return "cuda" if _CUDA in session.get_providers() else "cpu"
+
+
+def usable_cpus() -> int:
+    """CPUs of this process: its affinity, or the cgroup's quota where that is less; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, cgroup_quota()))
+
+
+def cgroup_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    # cgroup v2: "max 100000" or "<quota> <period>", in microseconds.
+    try:
+        quota, period = path.read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return os.cpu_count() or 1

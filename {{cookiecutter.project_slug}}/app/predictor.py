@@ -1,0 +1,84 @@
+"""The contract between the service and a model: what a file in predictors/ implements.
+
+A predictor is plain, synchronous Python. It never sees HTTP, caching or asyncio, so the
+same file answers requests here and scores files in a notebook.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+
+Device = Literal["auto", "cpu", "cuda"]
+Provider = Literal["cpu", "cuda"]
+
+
+class BaseFeatures(BaseModel):
+    """One row of input; subclass it as `Features`.
+
+    Validation is strict: a string is not a number, true is not 1, NaN and infinity are
+    refused, and a field that the model does not know is an error instead of being ignored.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class BasePrediction(BaseModel):
+    """One row of output; subclass it as `Prediction`. NumPy scalars are accepted."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemError:
+    """Says that one row cannot be scored, without failing the rows beside it.
+
+    `reason` is shown to the caller; `field` names the feature at fault, where there is one.
+    """
+
+    reason: str
+    field: str = ""
+
+
+FeaturesT = TypeVar("FeaturesT", bound=BaseFeatures)
+PredictionT = TypeVar("PredictionT", bound=BasePrediction)
+
+
+class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
+    """One model; subclass it as `class Predictor(BasePredictor[Features, Prediction])`.
+
+    Every call is made from one thread that belongs to this model, so nothing here needs a lock.
+    """
+
+    features: ClassVar[type[BaseFeatures]]
+    prediction: ClassVar[type[BasePrediction]]
+
+    example: ClassVar[BaseFeatures]
+    """A valid row. It serves the API docs, the warm-up, the readiness check and the tests."""
+
+    provider: Provider = "cpu"
+    """What the model computes on; `load` sets it to "cuda" where that is so."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            if get_origin(base) is BasePredictor:
+                cls.features, cls.prediction = get_args(base)
+
+    @abstractmethod
+    def load(self, artifact_dir: Path, device: Device) -> None:
+        """Read the model from `artifact_dir`, whose files have been checked by digest.
+
+        Called once, before `predict`. Raise anything to stop the start-up.
+        """
+
+    @abstractmethod
+    def predict(self, batch: list[FeaturesT]) -> Sequence[PredictionT | ItemError]:
+        """Score `batch`; the answer has the same length and order.
+
+        An exception fails the request with status 500; an `ItemError` in place of a
+        prediction answers 422 and names the row.
+        """

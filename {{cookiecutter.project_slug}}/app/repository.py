@@ -1,0 +1,236 @@
+"""The model repository: loads and warms the models, and holds the version that answers."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import StrEnum
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from app import artifacts
+from app.artifacts import Artifact
+from app.discovery import PredictorClass, discover
+from app.errors import (
+    ModelNotFound,
+    NotReady,
+    Overloaded,
+    PredictionFailed,
+    StartupError,
+    on_one_line,
+)
+from app.predictor import BaseFeatures, BasePrediction, BasePredictor, ItemError, Provider
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Outcome = BasePrediction | ItemError
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class ServedModel:
+    """A predictor with the artifact version that answers for it, and the thread it runs on.
+
+    One thread, as predictors are not asked to be thread-safe.
+    """
+
+    def __init__(self, name: str, predictor_class: PredictorClass, settings: Settings) -> None:
+        self.name = name
+        self.predictor_class = predictor_class
+        self.state = State.LOADING
+        self.artifact: Artifact | None = None
+        self.last_success = float("-inf")
+        """When a prediction last worked, in seconds on the event loop's clock."""
+
+        self._settings = settings
+        self._predictor: BasePredictor[Any, Any] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
+        self._rows_accepted = 0
+
+    @property
+    def version(self) -> str | None:
+        return self.artifact.version if self.artifact else None
+
+    @property
+    def provider(self) -> Provider | None:
+        return self._predictor.provider if self._predictor else None
+
+    async def load(self) -> None:
+        """Check the newest version's files, load it, and run it once on the example.
+
+        Raises:
+            StartupError: with the model, the file and the remedy.
+        """
+        started = perf_counter()
+        try:
+            loading = self._thread.submit(self._load_newest)
+            artifact, predictor = await asyncio.wrap_future(loading)
+        except StartupError:
+            self.state = State.FAILED
+            raise
+        self.artifact, self._predictor = artifact, predictor
+        self.state = State.READY
+        log.info(
+            "model ready",
+            extra={
+                "model": self.name,
+                "model_version": self.version,
+                "provider": self.provider,
+                "load_s": round(perf_counter() - started, 3),
+            },
+        )
+
+    def _load_newest(self) -> tuple[Artifact, BasePredictor[Any, Any]]:
+        artifact = artifacts.newest(self._settings.artifacts_dir, self.name)
+        artifact.verify()
+        files = ", ".join(str(artifact.directory / name) for name in artifact.manifest.files)
+        source = Path(sys.modules[self.predictor_class.__module__].__file__ or "")
+        remedy = "train it again or mend the predictor (LOG_LEVEL=debug shows the traceback)"
+        try:
+            predictor = self.predictor_class()
+            predictor.load(artifact.directory, self._settings.device)
+        except StartupError as error:
+            raise StartupError(f"{self.name}: {error}") from None
+        except Exception as error:
+            log.debug("%s: load failed", self.name, exc_info=True)
+            raise StartupError(
+                f"{self.name}: cannot load {files}: {on_one_line(error, source)}; {remedy}"
+            ) from error
+        if self._settings.device == "cuda" and predictor.provider != "cuda":
+            raise StartupError(
+                f"{self.name}: DEVICE=cuda, but this model runs on the CPU; set DEVICE=auto, "
+                'or have load() use the GPU and set self.provider = "cuda"'
+            )
+        try:
+            outcome = run(predictor, [self.predictor_class.example])[0]
+            if isinstance(outcome, ItemError):
+                raise PredictionFailed(outcome.reason)
+        except Exception as error:
+            log.debug("%s: warm-up failed", self.name, exc_info=True)
+            raise StartupError(
+                f"{self.name}: {files} does not fit {source.name}: predict([example]) failed: "
+                f"{on_one_line(error, source)}; {remedy}"
+            ) from error
+        self._warn_of_schema_change(artifact)
+        return artifact, predictor
+
+    def _warn_of_schema_change(self, artifact: Artifact) -> None:
+        trained = set(artifact.manifest.input_schema.get("properties", {}))
+        served = set(self.predictor_class.features.model_fields)
+        if trained and trained != served:
+            log.warning(
+                "%s: the fields of Features have changed since version %s was published: %s",
+                self.name,
+                artifact.version,
+                ", ".join(sorted(trained ^ served)),
+            )
+
+    async def predict(self, rows: Sequence[BaseFeatures]) -> Sequence[Outcome]:
+        """Run the model on its own thread.
+
+        A caller that is cancelled takes its rows out of the queue if they still wait there.
+
+        Raises:
+            NotReady: the model is not loaded.
+            Overloaded: more rows would wait than `queue_max_rows`.
+            PredictionFailed: the model raised, or broke its contract.
+        """
+        if self._predictor is None:
+            raise NotReady(f"Model {self.name} is {self.state}.")
+        if self._rows_accepted and self._rows_accepted + len(rows) > self._settings.queue_max_rows:
+            raise Overloaded(f"Too many rows wait for model {self.name}; try again later.")
+        loop = asyncio.get_running_loop()
+
+        def release(_: Future[Sequence[Outcome]]) -> None:
+            # Called by the model's thread, which can outlive the loop at shutdown.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._release, len(rows))
+
+        self._rows_accepted += len(rows)
+        running = self._thread.submit(run, self._predictor, list(rows))
+        running.add_done_callback(release)
+        try:
+            outcomes = await asyncio.wrap_future(running)
+        except Exception as error:
+            log.exception("prediction failed", extra={"model": self.name})
+            if isinstance(error, PredictionFailed):
+                raise
+            raise PredictionFailed(f"Model {self.name} failed on this request.") from error
+        self.last_success = loop.time()
+        return outcomes
+
+    def _release(self, rows: int) -> None:
+        self._rows_accepted -= rows
+
+    def close(self) -> None:
+        """Drop what still waits. A prediction that runs cannot be stopped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def run(predictor: BasePredictor[Any, Any], rows: list[BaseFeatures]) -> Sequence[Outcome]:
+    """Call `predictor` and check that it gave one outcome for each row.
+
+    Raises:
+        PredictionFailed: it did not. Whatever it raises itself is passed on.
+    """
+    outcomes = predictor.predict(rows)
+    if not isinstance(outcomes, Sequence):
+        raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
+    if len(outcomes) != len(rows):
+        raise PredictionFailed(f"The model gave {len(outcomes)} predictions for {len(rows)} rows.")
+    for outcome in outcomes:
+        if not isinstance(outcome, (predictor.prediction, ItemError)):
+            raise PredictionFailed(f"The model gave a {type(outcome).__name__} as a prediction.")
+    return outcomes
+
+
+class ModelRepository:
+    """All models of the service, by name."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._artifacts_dir = settings.artifacts_dir
+        self.models = {
+            name: ServedModel(name, predictor_class, settings)
+            for name, predictor_class in discover(settings.predictors_dir).items()
+        }
+        self.default = self._choose_default(settings)
+
+    def _choose_default(self, settings: Settings) -> str:
+        name, names = settings.default_model, ", ".join(self.models)
+        if name is None and len(self.models) == 1:
+            return names
+        if name is None:
+            raise StartupError(f"Set DEFAULT_MODEL to the model behind /v1/predict, of: {names}")
+        if name not in self.models:
+            path = settings.predictors_dir / f"{name}.py"
+            raise StartupError(f"DEFAULT_MODEL={name}: there is no {path}; choose of: {names}")
+        return name
+
+    def get(self, name: str) -> ServedModel:
+        """
+        Raises:
+            ModelNotFound: there is no such model; the message says which there are.
+        """
+        try:
+            return self.models[name]
+        except KeyError:
+            raise ModelNotFound(f"No such model. Models: {', '.join(self.models)}.") from None
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a model that lie on disk, oldest first."""
+        return artifacts.versions(self._artifacts_dir, name)
+
+    async def load(self) -> None:
+        """Load all models at the same time; the first failure is raised at once."""
+        await asyncio.gather(*(model.load() for model in self.models.values()))
+
+    def close(self) -> None:
+        for model in self.models.values():
+            model.close()

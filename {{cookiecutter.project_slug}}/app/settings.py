@@ -1,0 +1,143 @@
+"""Every setting of the service: its environment variable is its name in capitals.
+
+Sources, the first one wins: the environment, `.env`, `[tool.service]` in pyproject.toml.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    PyprojectTomlConfigSettingsSource,
+    SettingsConfigDict,
+)
+
+from app.errors import StartupError
+from app.predictor import Device
+
+SHUTDOWN_RESERVE_S = 5
+"""The part of the shutdown grace kept for closing connections and the end of the lifespan."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        pyproject_toml_table_header=("tool", "service"),
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    service_title: str = "Model service"
+    """Name of the service, shown in the API docs."""
+
+    service_description: str = ""
+    """One sentence on what the service answers, shown in the API docs."""
+
+    bind_address: str = "0.0.0.0"
+    """Address to listen on; 127.0.0.1 keeps it to this machine."""
+
+    port: int = Field(default=8080, ge=1, le=65_535)
+    """Port to listen on."""
+
+    web_concurrency: int = Field(default=1, ge=1, le=256)
+    """Worker processes. Each one loads every model: one per GPU, and scale by replicas."""
+
+    device: Device = "auto"
+    """`auto` takes a GPU where there is one; `cuda` refuses to start without; `cpu`."""
+
+    predictors_dir: Path = Path("predictors")
+    """Folder with one file per model."""
+
+    artifacts_dir: Path = Path("artifacts")
+    """Folder with the model files, as `<model>/<version>/`."""
+
+    default_model: str | None = None
+    """The model behind /v1/predict; needed where there are several."""
+
+    request_timeout_s: float = Field(default=10, gt=0, le=3600)
+    """Seconds until a request is answered with 504; reading its body counts."""
+
+    shutdown_grace_s: int = Field(default=30, ge=6, le=3600)
+    """Seconds that a stopping service has for what it accepted; more than REQUEST_TIMEOUT_S."""
+
+    max_body_bytes: int = Field(default=1024 * 1024, ge=1)
+    """Largest request body."""
+
+    max_instances: int = Field(default=1000, ge=1)
+    """Most rows in one batch request."""
+
+    queue_max_rows: int = Field(default=10_000, ge=1)
+    """Most rows that wait for one model; beyond it requests are answered with 429."""
+
+    ready_cache_s: float = Field(default=5, ge=0, le=300)
+    """Seconds for which the test prediction behind /ready is believed."""
+
+    api_keys_sha256: Annotated[tuple[str, ...], NoDecode] = ()
+    """SHA-256 hex digests of the accepted API keys, separated by commas; empty: no key needed."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log line to write."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """`auto` writes for a reader in a terminal, and JSON elsewhere."""
+
+    @field_validator("api_keys_sha256", mode="before")
+    @classmethod
+    def _split_digests(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [part.strip().lower() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("api_keys_sha256")
+    @classmethod
+    def _check_digests(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
+        for digest in digests:
+            if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+                raise ValueError("each key is given as its SHA-256, 64 hexadecimal digits")
+        return digests
+
+    @field_validator("device", "log_level", "log_format", mode="before")
+    @classmethod
+    def _ignore_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_grace(self) -> Self:
+        if self.request_timeout_s > self.shutdown_grace_s - SHUTDOWN_RESERVE_S:
+            raise ValueError(
+                "SHUTDOWN_GRACE_S has to exceed REQUEST_TIMEOUT_S by at least "
+                f"{SHUTDOWN_RESERVE_S}, or a stop would cut off accepted requests"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        pyproject = PyprojectTomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, dotenv_settings, pyproject
+
+
+def load_settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        StartupError: some are invalid; it names each, and no value, which may be a secret.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = (
+            ": ".join([*(str(part).upper() for part in details["loc"][:1]), details["msg"]])
+            for details in error.errors(include_url=False, include_input=False)
+        )
+        raise StartupError(f"Invalid settings: {'; '.join(faults)}") from None

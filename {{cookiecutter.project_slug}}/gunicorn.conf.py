@@ -1,0 +1,47 @@
+"""How gunicorn runs the service; `python -m app` starts it."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from app.logs import logging_config
+from app.settings import load_settings
+
+settings = load_settings()
+
+wsgi_app = "app.main:create_app()"
+worker_class = "app.worker.Worker"
+bind = f"{settings.bind_address}:{settings.port}"
+workers = settings.web_concurrency
+logconfig_dict = logging_config(settings)
+
+# Models are loaded in each worker: a CUDA context and threads do not survive a fork.
+preload_app = False
+
+# Longer than the idle time-out of the usual proxies, so that they close first, not we.
+keepalive = 75
+graceful_timeout = settings.shutdown_grace_s
+
+# A worker whose event loop is stuck for this long is killed. Loading and predicting do not
+# count: they run on other threads.
+timeout = 60
+
+# Neither is needed, and both write to disks that may be read-only.
+control_socket_disable = True
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+# With several workers, each counts into files of its own, and /metrics adds them up.
+if workers > 1:
+    metrics_dir = tempfile.mkdtemp(prefix="metrics-")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+
+    def child_exit(server: Any, worker: Any) -> None:
+        # Imported here: it looks for the directory above when it is first imported.
+        from prometheus_client import multiprocess
+
+        multiprocess.mark_process_dead(worker.pid)
+
+    def on_exit(server: Any) -> None:
+        shutil.rmtree(metrics_dir, ignore_errors=True)

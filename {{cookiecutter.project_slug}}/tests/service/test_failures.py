@@ -1,0 +1,136 @@
+"""Models that fail, hang or are swamped: the caller is told, and the next one is served."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.server import FAKES, Service, Start, assert_problem, publish
+
+
+class TestFaultyModel:
+    @pytest.mark.parametrize("fault", ["raise", "nothing", "generator", "type", "nan"])
+    def test_it_is_a_500_that_tells_nothing_of_the_inside(
+        self, service: Service, fault: str
+    ) -> None:
+        answer = service.predict("faulty", fault=fault)
+        problem = assert_problem(answer, 500)
+        for secret in ("swordfish", "Traceback", "ValueError", "predictors", ".py"):
+            assert secret not in answer.text
+        [line] = service.log_lines_of(problem["request_id"], "prediction failed")
+        assert line["model"] == "faulty"
+        assert line["exception"]
+
+    @pytest.mark.parametrize(("fault", "count"), [("short", 0), ("long", 2)])
+    def test_a_wrong_number_of_predictions_is_stated(
+        self, service: Service, fault: str, count: int
+    ) -> None:
+        problem = assert_problem(service.predict("faulty", fault=fault), 500)
+        assert problem["detail"] == f"The model gave {count} predictions for 1 rows."
+
+    def test_a_row_it_cannot_score_is_named(self, service: Service) -> None:
+        problem = assert_problem(service.predict("faulty", fault="item"), 422)
+        assert problem["errors"] == [{"field": "features.fault", "message": "cannot be scored"}]
+        rows = [{"fault": "none"}, {"fault": "item"}, {"fault": "item"}]
+        answer = service.client.post("/v1/models/faulty/predict/batch", json={"instances": rows})
+        errors = assert_problem(answer, 422)["errors"]
+        assert [error["field"] for error in errors] == ["instances.1.fault", "instances.2.fault"]
+
+    def test_the_next_request_is_served(self, service: Service) -> None:
+        assert service.predict("faulty", fault="raise").status_code == 500
+        assert service.predict("faulty", fault="none").json()["prediction"] == {"y": 1}
+        assert service.client.get("/ready").status_code == 200
+
+
+def hold(service: Service, pipe: Path, pool: ThreadPoolExecutor, **features: Any) -> Any:
+    """Begin a request that the `gate` model works on until something is written to `pipe`."""
+    return pool.submit(service.predict, "gate", pipe=str(pipe), **features)
+
+
+class TestSlowModel:
+    def test_late_is_504_and_others_and_probes_are_served(self, start: Start, pipe: Path) -> None:
+        service = start(REQUEST_TIMEOUT_S=0.3).wait_for("/ready")
+        assert_problem(service.predict("gate", pipe=str(pipe)), 504)
+        # The model is still held.
+        assert_problem(service.predict("gate", pipe="/dev/null"), 504)
+        assert service.client.get("/health").status_code == 200
+        assert service.predict("double", x=1).json()["prediction"] == {"y": 2}
+        pipe.write_text("go")
+        assert service.wait_for("/ready").predict("gate", pipe="/dev/null").status_code == 200
+
+    def test_an_expired_request_never_reaches_the_model(
+        self, start: Start, pipe: Path, tmp_path: Path
+    ) -> None:
+        service = start(REQUEST_TIMEOUT_S=0.3).wait_for("/ready")
+        expired = tmp_path / "expired"
+        with ThreadPoolExecutor() as pool:
+            first = hold(service, pipe, pool)
+            assert_problem(service.predict("gate", pipe=str(expired)), 504)
+            assert_problem(first.result(), 504)
+        # Had it reached the model, that would fail for want of the file, and log it.
+        pipe.write_text("go")
+        assert service.wait_for("/ready").predict("gate", pipe="/dev/null").status_code == 200
+        assert not service.log_lines("prediction failed")
+
+    def test_too_many_waiting_rows_are_429(self, start: Start, pipe: Path) -> None:
+        service = start(QUEUE_MAX_ROWS=3).wait_for("/ready")
+        batch = {"instances": [{"pipe": "/dev/null"}] * 3}
+        with ThreadPoolExecutor() as pool:
+            first = hold(service, pipe, pool, x=1)
+            # Opens when the model has opened its side: it is at work.
+            with pipe.open("w") as gate:
+                answer = service.client.post("/v1/models/gate/predict/batch", json=batch)
+                assert_problem(answer, 429)
+                assert int(answer.headers["retry-after"]) >= 1
+                gate.write("go")
+            assert first.result().json()["prediction"] == {"x": 1, "said": "go"}
+        service.client.post("/v1/models/gate/predict/batch", json=batch).raise_for_status()
+
+
+@pytest.fixture
+def moody(start: Start, tmp_path: Path) -> Callable[..., Service]:
+    """Starts a service whose model fails as long as there is a file `unwell` in `tmp_path`."""
+    source = (FAKES / "faulty.py").read_text(encoding="utf-8")
+    check = f"        if Path({str(tmp_path / 'unwell')!r}).exists(): raise OSError('unwell')\n"
+    source = source.replace("        good = ", f"{check}        good = ")
+    (tmp_path / "faulty.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "faulty", none=b"")
+    return partial(start, DEFAULT_MODEL="faulty", PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path)
+
+
+class TestReadiness:
+    def test_it_fails_and_recovers_with_the_model(
+        self, moody: Callable[..., Service], tmp_path: Path
+    ) -> None:
+        service = moody(READY_CACHE_S=0).wait_for("/ready")
+        (tmp_path / "unwell").touch()
+        answer = service.client.get("/ready")
+        assert answer.status_code == 503
+        assert answer.json()["detail"] == "Model faulty: Model faulty failed on this request."
+        assert service.client.get("/health").status_code == 200
+        (tmp_path / "unwell").unlink()
+        assert service.client.get("/ready").status_code == 200
+
+    def test_the_result_is_kept_for_a_while(
+        self, moody: Callable[..., Service], tmp_path: Path
+    ) -> None:
+        service = moody(READY_CACHE_S=300).wait_for("/ready")
+        (tmp_path / "unwell").touch()
+        assert service.client.get("/ready").status_code == 200
+
+    def test_a_busy_model_stays_ready_and_a_stuck_one_does_not(
+        self, start: Start, pipe: Path
+    ) -> None:
+        service = start(READY_CACHE_S=0, REQUEST_TIMEOUT_S=2).wait_for("/ready")
+        with ThreadPoolExecutor() as pool:
+            request = hold(service, pipe, pool)
+            with pipe.open("w"):
+                # The test prediction waits behind the request, and the last verdict holds.
+                assert service.client.get("/ready").status_code == 200
+                assert_problem(request.result(), 504)
+                stuck = service.wait_for("/ready", status=503).client.get("/ready").json()
+                assert stuck["detail"] == "Model gate: a test prediction has not come back."
+        service.wait_for("/ready")

@@ -1,0 +1,59 @@
+"""ONNX Runtime sessions: the device that was asked for, and threads for what the process has."""
+
+import os
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from app import onnx as sessions
+from app.errors import StartupError
+from app.predictor import Device
+
+onnx = pytest.importorskip("onnx")
+
+HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A graph that answers what it is asked."""
+    value = [onnx.helper.make_tensor_value_info(name, 1, ["rows"]) for name in ("x", "y")]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "identity", value[:1], value[1:])
+    opset = onnx.helper.make_opsetid("", 20)
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_a_gpu_it_runs_on_the_cpu(model: Path, device: Device) -> None:
+    session = sessions.open_session(model, device)
+    assert session.run(None, {"x": [1.0, 2.0]})[0].tolist() == [1.0, 2.0]
+    assert sessions.provider_of(session) == ("cuda" if HAS_CUDA and device == "auto" else "cpu")
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
+def test_a_gpu_that_is_demanded_and_not_there_is_refused(model: Path) -> None:
+    with pytest.raises(StartupError, match="no CUDA provider; install onnxruntime-gpu"):
+        sessions.open_session(model, "cuda")
+
+
+def test_threads_are_those_of_the_process_not_of_the_machine(model: Path) -> None:
+    options = sessions.open_session(model, "cpu").get_session_options()
+    assert options.intra_op_num_threads == sessions.usable_cpus()
+    assert 1 <= sessions.usable_cpus() <= (os.cpu_count() or 1)
+    options = sessions.open_session(model, "cpu", threads=3).get_session_options()
+    assert options.intra_op_num_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("150000 100000", 2), ("50000 100000", 1), ("max 100000", os.cpu_count()), ("", None)],
+)
+def test_a_quota_of_the_cgroup_counts(tmp_path: Path, content: str, expected: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    quota = sessions.cgroup_quota(tmp_path / "cpu.max")
+    assert quota == (expected or os.cpu_count())
+    assert sessions.cgroup_quota(tmp_path / "nothing") == os.cpu_count()

@@ -1,0 +1,285 @@
+"""Requests, good and bad: what is answered, and that nothing bad reaches a model or breaks one."""
+
+import json
+import random
+import re
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.service.server import Service, Start, assert_problem
+
+JSON = {"Content-Type": "application/json"}
+PREDICT = "/v1/predict"
+GOOD = {"features": {"x": 21}}
+
+
+def fields(answer: httpx.Response) -> list[str]:
+    return [error["field"] for error in assert_problem(answer, 422)["errors"]]
+
+
+class TestAnswer:
+    def test_one_row(self, service: Service) -> None:
+        answer = service.client.post(PREDICT, json=GOOD)
+        body = answer.json()
+        assert answer.status_code == 200
+        assert body.keys() == {
+            "request_id",
+            "model",
+            "model_version",
+            "prediction",
+            "processing_time_ms",
+            "timestamp",
+        }
+        assert body["request_id"] == answer.headers["x-request-id"]
+        assert (body["model"], body["model_version"]) == ("double", "1")
+        assert body["prediction"] == {"y": 42}
+        assert body["processing_time_ms"] >= 0
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", body["timestamp"])
+
+    def test_rows_in_order(self, service: Service) -> None:
+        rows = [{"x": value} for value in (3, 1, 2)]
+        body = service.client.post(f"{PREDICT}/batch", json={"instances": rows}).json()
+        assert body["predictions"] == [{"y": 6}, {"y": 2}, {"y": 4}]
+        assert "prediction" not in body
+
+    def test_by_the_name_of_the_model(self, service: Service) -> None:
+        path = "/v1/models/double/predict"
+        assert service.client.post(path, json=GOOD).json()["prediction"] == {"y": 42}
+        batch = service.client.post(f"{path}/batch", json={"instances": [{"x": 1}]}).json()
+        assert batch["predictions"] == [{"y": 2}]
+
+    @pytest.mark.parametrize("media_type", ["application/json; charset=UTF-8", "Application/JSON"])
+    def test_however_the_media_type_is_written(self, service: Service, media_type: str) -> None:
+        headers = {"Content-Type": media_type}
+        answer = service.client.post(PREDICT, content=json.dumps(GOOD), headers=headers)
+        assert answer.status_code == 200
+
+
+class TestRequestId:
+    def test_a_sane_one_is_kept_and_logged(self, service: Service) -> None:
+        headers = {"X-Request-ID": "order-66.b:c_d"}
+        answer = service.client.post(PREDICT, json=GOOD, headers=headers)
+        assert answer.headers["x-request-id"] == "order-66.b:c_d"
+        assert answer.json()["request_id"] == "order-66.b:c_d"
+        ids = [line["request_id"] for line in service.log_lines("request")]
+        assert ids.count("order-66.b:c_d") == 1
+
+    @pytest.mark.parametrize("bad", [b"a b", b"x" * 129, b'a"b', b"<script>", b"\xc3\xbc"])
+    def test_another_is_replaced(self, service: Service, bad: bytes) -> None:
+        answer = service.client.get("/health", headers={b"X-Request-ID": bad})
+        assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+
+    @pytest.mark.parametrize("path", ["/health", "/nope", "/metrics", "/openapi.json", "/docs"])
+    def test_every_answer_has_one(self, service: Service, path: str) -> None:
+        assert service.client.get(path).headers["x-request-id"]
+
+
+class TestInvalidInput:
+    def test_every_wrong_field_is_named_with_what_was_expected(self, service: Service) -> None:
+        answer = service.client.post(PREDICT, json={"features": {"x": "7", "note": 1, "z": 0}})
+        assert fields(answer) == ["features.x", "features.note", "features.z"]
+        messages = [error["message"] for error in answer.json()["errors"]]
+        assert messages[0] == "Input should be a valid number"
+        assert messages[1] == "Input should be a valid string"
+
+    def test_rows_of_a_batch_are_named_by_their_number(self, service: Service) -> None:
+        rows = [{"x": 1}, {"x": None}, {}, {"x": 1, "note": []}]
+        answer = service.client.post(f"{PREDICT}/batch", json={"instances": rows})
+        assert fields(answer) == ["instances.1.x", "instances.2.x", "instances.3.note"]
+
+    @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"NaN"', "true"])
+    def test_what_is_no_finite_number_is_refused(self, service: Service, number: str) -> None:
+        content = '{"features": {"x": NUMBER}}'.replace("NUMBER", number)
+        answer = service.client.post(PREDICT, content=content, headers=JSON)
+        assert fields(answer) == ["features.x"]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b'"x"',
+            b"\xff\xfe{\x00}\x00",
+            b"\xef\xbb\xbf{}",
+            b'{"features": {"x": 1}} trailing',
+            b'{"features": {"x": 1}, "features": }',
+            b'{"features": {"note": "\\ud800", "x": 1}}',
+            b"[" * 10_000,
+            b'{"features": ' * 1000,
+            b'{"features": {"x": ' + b"9" * 5000 + b"}}",
+            b'{"features": {"note": "\x00", "x": 1}}',
+        ],
+    )
+    def test_what_is_no_json_object_is_refused(self, service: Service, content: bytes) -> None:
+        answer = service.client.post(PREDICT, content=content, headers=JSON)
+        assert_problem(answer, 422)
+
+    def test_an_empty_batch_is_refused(self, service: Service) -> None:
+        answer = service.client.post(f"{PREDICT}/batch", json={"instances": []})
+        assert fields(answer) == ["instances"]
+
+    def test_the_input_is_not_repeated(self, service: Service) -> None:
+        content = {"features": {"x": "4111-1111-1111-1111", "note": {"pin": "1234567"}}}
+        answer = service.client.post(PREDICT, json=content)
+        assert "1111" not in answer.text
+        assert "1234567" not in answer.text
+        assert "1111" not in service.log
+
+    def test_many_mistakes_get_a_short_answer(self, service: Service) -> None:
+        features = {"x": 1} | {f"f{number}": 1 for number in range(500)}
+        answer = service.client.post(PREDICT, json={"features": features})
+        assert len(fields(answer)) == 100
+        assert answer.json()["detail"] == "500 invalid fields. The first 100 are listed."
+
+    def test_a_long_name_is_cut(self, service: Service) -> None:
+        answer = service.client.post(PREDICT, json={"features": {"x": 1, "n" * 5000: 1}})
+        assert len(fields(answer)[0]) == 200
+
+
+class TestTooLarge:
+    def test_a_declared_length_is_refused_unread(self, service: Service) -> None:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 999999999999\r\n\r\n{"
+            )
+            assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+    def test_a_client_that_sends_all_of_it_first_sees_the_answer(self, service: Service) -> None:
+        answer = service.client.post(PREDICT, content=b"x" * 3_000_000, headers=JSON)
+        assert "over 20000 bytes" in assert_problem(answer, 413)["detail"]
+
+    def test_chunks_are_counted(self, service: Service) -> None:
+        def chunks() -> Iterator[bytes]:
+            for _ in range(300):
+                yield b"x" * 1000
+
+        answer = service.client.post(PREDICT, content=chunks(), headers=JSON)
+        assert_problem(answer, 413)
+
+    def test_the_largest_body_is_answered(self, service: Service) -> None:
+        shell = json.dumps({"features": {"x": 1, "note": ""}})
+        content = shell.replace('""', f'"{"n" * (20_000 - len(shell))}"')
+        assert len(content) == 20_000
+        assert service.client.post(PREDICT, content=content, headers=JSON).status_code == 200
+        assert_problem(service.client.post(PREDICT, content=content + " ", headers=JSON), 413)
+
+    def test_too_many_instances(self, service: Service) -> None:
+        rows = [{"x": 1}] * 10
+        path = f"{PREDICT}/batch"
+        assert service.client.post(path, json={"instances": rows}).status_code == 200
+        answer = service.client.post(path, json={"instances": [*rows, {"x": 1}]})
+        assert "More than 10 instances" in assert_problem(answer, 413)["detail"]
+
+
+class TestOtherErrors:
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"Content-Type": "text/plain"},
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            {"Content-Type": "application/json; charset=utf-16"},
+            {"Content-Type": ""},
+            {**JSON, "Content-Encoding": "gzip"},
+        ],
+    )
+    def test_another_media_type(self, service: Service, headers: dict[str, str]) -> None:
+        answer = service.client.post(PREDICT, content=json.dumps(GOOD), headers=headers)
+        assert_problem(answer, 415)
+
+    @pytest.mark.parametrize("path", ["/", "/v1", "/v2/predict", "/v1/predict/", "/%00", "/..;/"])
+    def test_no_such_path(self, service: Service, path: str) -> None:
+        assert_problem(service.client.post(path, json=GOOD), 404)
+
+    @pytest.mark.parametrize("action", ["/predict", "/predict/batch"])
+    def test_no_such_model(self, service: Service, action: str) -> None:
+        answer = service.client.post(f"/v1/models/tripel{action}", json=GOOD)
+        assert "double, faulty, gate" in assert_problem(answer, 404)["detail"]
+        assert "tripel" not in answer.text
+        assert_problem(service.client.get("/v1/models/tripel"), 404)
+
+    def test_another_method(self, service: Service) -> None:
+        answer = service.client.get(PREDICT)
+        assert_problem(answer, 405)
+        assert answer.headers["allow"] == "POST"
+        assert_problem(service.client.delete("/health"), 405)
+
+
+def test_a_client_that_leaves_midway_is_no_error(service: Service) -> None:
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: left-midway\r\n"
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(head + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+    # It is logged when it is noticed; the next answer comes after that or the log is read again.
+    while not [line for line in service.log_lines() if line.get("request_id") == "left-midway"]:
+        assert service.client.get("/health").status_code == 200
+    assert not [line for line in service.log_lines() if line["level"] == "error"]
+
+
+def test_a_body_that_never_comes_is_not_waited_for(start: Start) -> None:
+    service = start(REQUEST_TIMEOUT_S=0.2).wait_for("/ready")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 50\r\n\r\n{"
+        )
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer.lower()
+
+
+def mutations(seed: int) -> Iterator[tuple[bytes, dict[str, str]]]:
+    """Bodies and headers that are wrong, or nearly right, in all sorts of ways."""
+    chance = random.Random(seed)
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        1e308,
+        "x",
+        "\x00",
+        "💥",
+        [],
+        {},
+        [[]],
+        {"x": 1},
+        2**70,
+        0.1,
+        "",
+    ]
+    media_types = ["application/json", "application/json", "text/json", "x", "multipart/form-data"]
+    while True:
+        content: Any = {"features": {"x": 1.5, "note": "n"}}
+        for _ in range(chance.randint(0, 2)):
+            target = chance.choice([content, content["features"]])
+            if isinstance(target, dict):
+                target[chance.choice(["features", "x", "note", "instances", ""])] = chance.choice(
+                    values
+                )
+        body = bytearray(json.dumps(content, ensure_ascii=chance.random() < 0.5).encode())
+        for _ in range(chance.choice([0, 0, 1, 5])):
+            body[chance.randrange(len(body))] = chance.randrange(256)
+        if chance.random() < 0.2:
+            del body[chance.randrange(len(body)) :]
+        if chance.random() < 0.1:
+            body = bytearray(body.decode("latin-1").encode("utf-16"))
+        yield bytes(body), {"Content-Type": chance.choice(media_types)}
+
+
+def test_two_thousand_malformed_requests_break_nothing(service: Service) -> None:
+    statuses = set()
+    paths = [PREDICT, f"{PREDICT}/batch", "/v1/models/double/predict", "/v1/models/faulty/predict"]
+    for number, (content, headers) in zip(range(2000), mutations(seed=7), strict=False):
+        answer = service.client.post(paths[number % 4], content=content, headers=headers)
+        statuses.add(answer.status_code)
+        assert answer.status_code in (200, 415, 422), (content, headers, answer.text)
+        if answer.status_code != 200:
+            assert_problem(answer, answer.status_code)
+    assert statuses == {200, 415, 422}
+    assert service.client.post(PREDICT, json=GOOD).json()["prediction"] == {"y": 42}
+    assert service.client.get("/ready").status_code == 200

@@ -1,0 +1,228 @@
+"""Starting: probes tell loading from ready, and what cannot work stops with one line."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.service.server import FAKES, Service, Start, publish
+
+PREDICTOR = (FAKES / "double.py").read_text(encoding="utf-8")
+
+
+def predictors(directory: Path, **sources: str) -> Path:
+    """A folder with a predictor file for each of `sources`."""
+    folder = directory / "predictors"
+    folder.mkdir()
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    return folder
+
+
+def refusal(service: Service) -> str:
+    """What the service said before it ended on its own."""
+    assert service.exit_code() not in (0, -9)
+    critical = [line["event"] for line in service.log_lines() if line["level"] == "critical"]
+    assert len(critical) == 1, service.log
+    assert "\n" not in critical[0]
+    assert "Traceback" not in service.log
+    line: str = critical[0]
+    return line
+
+
+def test_probes_answer_while_a_model_loads(start: Start, tmp_path: Path, pipe: Path) -> None:
+    slow = PREDICTOR.replace("self.factor = ", f"Path({str(pipe)!r}).read_text(); self.factor = ")
+    settings = {"PREDICTORS_DIR": predictors(tmp_path, double=slow)}
+    service = start(**settings).wait_for("/health")
+
+    for probe in ("/startup", "/ready"):
+        answer = service.client.get(probe)
+        assert answer.status_code == 503
+        assert answer.json()["status"] == "loading"
+        assert answer.json()["models"]["double"]["state"] == "loading"
+    assert service.predict("double", x=1).status_code == 503
+    assert service.client.get("/v1/models").json()["models"][0]["state"] == "loading"
+
+    pipe.write_text("go")
+    service.wait_for("/startup")
+    ready = service.wait_for("/ready").client.get("/ready").json()
+    assert ready == {
+        "status": "ready",
+        "detail": None,
+        "models": {"double": {"state": "ready", "version": "1", "provider": "cpu"}},
+    }
+    assert service.predict("double", x=4).json()["prediction"] == {"y": 8}
+
+
+def test_a_stop_while_loading_is_quick_and_clean(start: Start, tmp_path: Path, pipe: Path) -> None:
+    slow = PREDICTOR.replace("self.factor = ", f"Path({str(pipe)!r}).read_text(); self.factor = ")
+    service = start(PREDICTORS_DIR=predictors(tmp_path, double=slow)).wait_for("/health")
+    service.signal(15)
+    assert service.exit_code() == 0
+    assert service.log_lines("stopped")
+
+
+def test_the_newest_version_is_served(start: Start, tmp_path: Path) -> None:
+    for version in range(1, 11):
+        publish(tmp_path, "double", factor_txt=str(version).encode())
+    service = start(PREDICTORS_DIR=predictors(tmp_path, double=PREDICTOR), ARTIFACTS_DIR=tmp_path)
+    answer = service.wait_for("/ready").predict("double", x=1).json()
+    assert answer["model_version"] == "10"
+    assert answer["prediction"] == {"y": 10}
+    versions = service.client.get("/v1/models/double").json()["versions"]
+    assert versions[0] == {"version": "1", "state": "available"}
+    assert versions[-1] == {"version": "10", "state": "ready"}
+
+
+class TestRefusal:
+    """Each names the model, the file, and what to do."""
+
+    def test_no_artifact(self, start: Start, tmp_path: Path) -> None:
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: there is no {tmp_path}/double/1/" in line
+        assert "python -m training.double" in line
+
+    def test_no_manifest(self, start: Start, tmp_path: Path) -> None:
+        (publish(tmp_path, "double", factor_txt=b"2") / "manifest.json").unlink()
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: {tmp_path}/double/1/manifest.json is missing; publish" in line
+
+    def test_a_manifest_that_is_no_json(self, start: Start, tmp_path: Path) -> None:
+        (publish(tmp_path, "double", factor_txt=b"2") / "manifest.json").write_text("{]")
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: {tmp_path}/double/1/manifest.json: JSON: Invalid JSON" in line
+
+    def test_a_file_that_was_altered(self, start: Start, tmp_path: Path) -> None:
+        (publish(tmp_path, "double", factor_txt=b"2") / "factor.txt").write_text("3")
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: {tmp_path}/double/1/factor.txt is not the file that was published" in line
+
+    def test_a_file_that_is_missing(self, start: Start, tmp_path: Path) -> None:
+        (publish(tmp_path, "double", factor_txt=b"2") / "factor.txt").unlink()
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: {tmp_path}/double/1/factor.txt is missing; publish" in line
+
+    def test_a_file_that_was_never_published(self, start: Start, tmp_path: Path) -> None:
+        (publish(tmp_path, "double", factor_txt=b"2") / "extra.bin").write_bytes(b"")
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: {tmp_path}/double/1/extra.bin is not listed in manifest.json" in line
+
+    def test_a_corrupt_model(self, start: Start, tmp_path: Path) -> None:
+        publish(tmp_path, "double", factor_txt=b"no number")
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
+        assert f"double: cannot load {tmp_path}/double/1/factor.txt: ValueError:" in line
+        assert "(double.py, line 21)" in line
+        assert "train it again or mend the predictor" in line
+
+    def test_a_model_that_does_not_fit_the_example(self, start: Start, tmp_path: Path) -> None:
+        source = PREDICTOR.replace("for row in batch]", "for row in batch[1:]]")
+        publish(tmp_path, "double", factor_txt=b"2")
+        line = refusal(
+            start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=predictors(tmp_path, double=source))
+        )
+        assert f"double: {tmp_path}/double/1/factor.txt does not fit double.py" in line
+        assert "0 predictions for 1 rows" in line
+
+    def test_no_gpu_where_one_is_demanded(self, start: Start, tmp_path: Path) -> None:
+        line = refusal(start(DEVICE="cuda", PREDICTORS_DIR=_only_double(tmp_path)))
+        assert line.startswith("double: DEVICE=cuda, but this model runs on the CPU; set DEVICE=")
+
+    @pytest.mark.parametrize(
+        ("source", "complaint"),
+        [
+            ("import nonesuch", "cannot be imported: ModuleNotFoundError: No module named"),
+            ("def broken(:", "cannot be imported: SyntaxError"),
+            ("x = 1", "expected one class Predictor(BasePredictor[Features, Prediction]), found 0"),
+            (PREDICTOR.replace("    example = Features(x=21)\n", ""), "give Predictor a class"),
+            (PREDICTOR.replace("x=21", 'x="21"'), "cannot be imported: ValidationError"),
+            (PREDICTOR.replace("def predict(", "def score("), "Predictor has no predict"),
+            (
+                PREDICTOR.replace("[Features, Prediction]", ""),
+                "derive Predictor from BasePredictor[",
+            ),
+            (
+                PREDICTOR.replace("Features(BaseFeatures)", "Features(BaseModel)").replace(
+                    "from app", "from pydantic import BaseModel\nfrom app"
+                ),
+                "derive Features from BaseFeatures",
+            ),
+            (
+                PREDICTOR.replace(
+                    "class Features(BaseFeatures):\n",
+                    "class Place(BaseModel):\n    lat: float\n\n\n"
+                    "class Features(BaseFeatures):\n    where: list[Place] | None = None\n",
+                ).replace("from app", "from pydantic import BaseModel\nfrom app"),
+                "derive Place from BaseFeatures, as Features holds it",
+            ),
+        ],
+    )
+    def test_a_predictor_file_that_breaks_the_contract(
+        self, start: Start, tmp_path: Path, source: str, complaint: str
+    ) -> None:
+        folder = predictors(tmp_path, double=source)
+        line = refusal(start(PREDICTORS_DIR=folder))
+        assert line.startswith(f"{folder}/double.py")
+        assert complaint in line
+
+    def test_a_default_model_that_does_not_exist(self, start: Start) -> None:
+        line = refusal(start(DEFAULT_MODEL="triple"))
+        assert "DEFAULT_MODEL=triple: there is no" in line
+        assert "choose of: double, faulty, gate" in line
+
+    def test_no_predictor_at_all(self, start: Start, tmp_path: Path) -> None:
+        assert "No predictor in" in refusal(start(PREDICTORS_DIR=tmp_path))
+
+    @pytest.mark.parametrize(
+        ("settings", "complaint"),
+        [
+            ({"PORT": "http"}, "PORT: Input should be a valid integer"),
+            ({"PORT": "0"}, "PORT: Input should be greater than or equal to 1"),
+            ({"DEVICE": "tpu"}, "DEVICE: Input should be 'auto', 'cpu' or 'cuda'"),
+            ({"LOG_LEVEL": "loud"}, "LOG_LEVEL: Input should be 'debug'"),
+            ({"WEB_CONCURRENCY": "none"}, "WEB_CONCURRENCY: Input should be a valid integer"),
+            ({"API_KEYS_SHA256": "s3cret"}, "API_KEYS_SHA256: Value error, each key is given as"),
+            ({"REQUEST_TIMEOUT_S": "30"}, "SHUTDOWN_GRACE_S has to exceed REQUEST_TIMEOUT_S"),
+        ],
+    )
+    def test_an_invalid_setting(
+        self, start: Start, settings: dict[str, str], complaint: str
+    ) -> None:
+        service = start(**settings)
+        assert service.exit_code() == 1
+        [line] = service.log.splitlines()
+        assert line.startswith("Invalid settings: ")
+        assert complaint in line
+        assert "s3cret" not in line
+
+
+def _only_double(directory: Path) -> Path:
+    return predictors(directory, double=PREDICTOR)
+
+
+def test_the_traceback_of_a_failed_load_is_there_on_demand(start: Start, tmp_path: Path) -> None:
+    publish(tmp_path, "double", factor_txt=b"no number")
+    service = start(
+        ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path), LOG_LEVEL="debug"
+    )
+    assert service.exit_code() != 0
+    [line] = service.log_lines("double: load failed")
+    assert line["exception"][0]["exc_type"] == "ValueError"
+
+
+def test_two_workers_share_the_work_and_the_metrics(start: Start) -> None:
+    service = start(WEB_CONCURRENCY=2).wait_for("/ready")
+    for _ in range(20):
+        # A connection each, so that both workers get some.
+        answer = service.post_alone("/v1/predict", {"features": {"x": 1}})
+        assert answer.json()["prediction"] == {"y": 2}
+    metrics = service.client.get("/metrics").text
+    counted = 'http_requests_total{handler="/v1/predict",method="POST",status="200"} 20.0'
+    assert counted in metrics
+
+
+def test_artifacts_are_read_through_links(start: Start, tmp_path: Path) -> None:
+    # Kubernetes mounts volumes as links.
+    version = publish(tmp_path / "real", "double", factor_txt=b"5")
+    (tmp_path / "mounted" / "double").mkdir(parents=True)
+    (tmp_path / "mounted" / "double" / "1").symlink_to(version)
+    service = start(ARTIFACTS_DIR=tmp_path / "mounted", PREDICTORS_DIR=_only_double(tmp_path))
+    assert service.wait_for("/ready").predict("double", x=1).json()["prediction"] == {"y": 5}

@@ -1,0 +1,73 @@
+"""Trains the sample digit model and publishes it as the next version.
+
+    python -m training.digits
+
+The data are the 1,797 handwritten digits of 8 x 8 pixels that ship with scikit-learn.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from skl2onnx import to_onnx
+from skl2onnx.common.data_types import FloatTensorType
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+
+from app.artifacts import new_version
+from app.settings import load_settings
+from predictors.digits import Features
+
+MODEL = Path(__file__).stem
+SEED = 20_261_122
+
+TOLERANCE = 1e-5
+"""Largest difference of a probability between scikit-learn and the exported graph."""
+
+
+def export(pipeline: Pipeline) -> bytes:
+    """The pipeline as an ONNX graph with one input, `pixels` of shape (rows, 64)."""
+    options = {id(pipeline): {"zipmap": False}}
+    inputs = [("pixels", FloatTensorType([None, 64]))]
+    model: bytes = to_onnx(pipeline, initial_types=inputs, options=options).SerializeToString()
+    return model
+
+
+def largest_difference(pipeline: Pipeline, model: bytes, pixels: Any) -> float:
+    """Between the probabilities of `pipeline` and those of the exported `model`."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    [exported] = session.run(["probabilities"], {"pixels": pixels})
+    return float(np.abs(pipeline.predict_proba(pixels) - exported).max())
+
+
+def main() -> None:
+    pixels, digits = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(
+        pixels.astype(np.float32), digits, test_size=0.25, random_state=SEED, stratify=digits
+    )
+    classifier = MLPClassifier(hidden_layer_sizes=(64,), max_iter=400, random_state=SEED)
+    pipeline = make_pipeline(MinMaxScaler(), classifier).fit(train_x, train_y)
+    model = export(pipeline)
+
+    difference = largest_difference(pipeline, model, test_x)
+    if difference > TOLERANCE:
+        raise SystemExit(f"The ONNX graph differs from scikit-learn by {difference:.2g}.")
+    accuracy = float(pipeline.score(test_x, test_y))
+
+    with new_version(
+        load_settings().artifacts_dir,
+        MODEL,
+        input_schema=Features.model_json_schema(),
+        trained_with=["scikit-learn", "skl2onnx", "onnx"],
+        metrics={"accuracy": round(accuracy, 4)},
+    ) as directory:
+        (directory / "model.onnx").write_bytes(model)
+    print(f"{MODEL}: accuracy {accuracy:.3f}; the ONNX graph agrees within {difference:.1e}.")
+
+
+if __name__ == "__main__":
+    main()
