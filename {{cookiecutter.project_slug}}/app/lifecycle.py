@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
 
 from app.errors import ServiceError, StartupError
 from app.predictor import ItemError
@@ -33,19 +35,49 @@ class ReadinessTest:
     task: asyncio.Task[None] | None = None
 
 
+class LoadCount(Protocol):
+    """How often workers have loaded their models: a number in memory that they share."""
+
+    value: int
+
+    def get_lock(self) -> AbstractContextManager[Any]: ...
+
+
 class Lifecycle:
     """Times are seconds on the event loop's clock."""
 
     def __init__(self, repository: ModelRepository, settings: Settings) -> None:
         self.phase = Phase.LOADING
         self.repository = repository
+        self.is_replacement = False
+        """Whether the service was up before this worker began."""
+
+        self._workers = 1
+        self._load_count: LoadCount | None = None
         self._settings = settings
         self._loading: asyncio.Task[None] | None = None
         self._tests = {name: ReadinessTest() for name in repository.models}
 
-    def start(self) -> None:
+    def join(self, workers: int, load_count: LoadCount) -> None:
+        """Be one of several workers, all of which answer on one socket.
+
+        No worker says that the service is up before all have loaded, as a request may come to
+        any of them; and one that replaces another loads before it answers anything.
+        """
+        self._workers = workers
+        self._load_count = load_count
+        self.is_replacement = load_count.value >= workers
+
+    @property
+    def is_started(self) -> bool:
+        everyone = self._load_count is None or self._load_count.value >= self._workers
+        return everyone and self.phase in (Phase.READY, Phase.DRAINING)
+
+    async def start(self) -> None:
         """Begin to load the models, while the probes already answer."""
         self._loading = asyncio.create_task(self._load())
+        if self.is_replacement:
+            await self._loading
 
     async def _load(self) -> None:
         try:
@@ -56,6 +88,9 @@ class Lifecycle:
             log.debug("loading failed", exc_info=True)
             self._fail(f"Loading failed: {error!r}")
         else:
+            if self._load_count:
+                with self._load_count.get_lock():
+                    self._load_count.value += 1
             if self.phase is Phase.LOADING:
                 self.phase = Phase.READY
 
@@ -82,6 +117,8 @@ class Lifecycle:
         """Why no traffic should come here; None if it should."""
         if self.phase is not Phase.READY:
             return f"The service is {self.phase}."
+        if not self.is_started:
+            return "Other workers are loading."
         for model in self.repository.models.values():
             if fault := await self._test(model):
                 return f"Model {model.name}: {fault}"

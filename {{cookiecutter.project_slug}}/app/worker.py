@@ -1,9 +1,13 @@
 """The gunicorn worker: uvicorn, with a stop that loses no request and a start that can fail."""
 
 import asyncio
+import contextlib
+import ctypes
 import logging
+import multiprocessing
 import os
 import socket
+import struct
 import sys
 from typing import ClassVar
 
@@ -16,6 +20,11 @@ from app.errors import StartupError
 from app.lifecycle import Lifecycle, Phase
 
 log = logging.getLogger(__name__)
+
+SO_ATTACH_FILTER = 26
+
+ACCEPT_S = 0.05
+"""How long queued connections are accepted once no new ones come."""
 
 DRAIN_S = 1.0
 """How long open connections may still bring requests after a stop was asked for."""
@@ -30,6 +39,9 @@ class Worker(UvicornWorker):
         "access_log": False,
         "server_header": False,
     }
+
+    load_count: ClassVar = multiprocessing.Value("i", 0)
+    """Shared, as gunicorn imports this class before it forks."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -48,14 +60,39 @@ class Worker(UvicornWorker):
     async def _serve(self) -> None:
         self.config.app = self.wsgi
         lifecycle: Lifecycle = self.wsgi.state.lifecycle
+        lifecycle.join(self.cfg.workers, self.load_count)
         self._install_sigquit_handler()
         server = DrainingServer(self.config, lifecycle)
+        heartbeat = asyncio.create_task(self._beat_until_started(server))
         # The bare sockets, as uvloop and gunicorn's wrappers would both close their descriptors.
         await server.serve(sockets=[listener.sock for listener in self.sockets])
+        heartbeat.cancel()
         if not server.started or lifecycle.phase is Phase.FAILED:
             logging.shutdown()
-            # Not sys.exit, which would wait for the threads of models that still load.
-            os._exit(Arbiter.WORKER_BOOT_ERROR)
+            # Not sys.exit, which would wait for the threads of models that still load. A
+            # replacement that fails does not take down the workers that serve.
+            os._exit(1 if lifecycle.is_replacement else Arbiter.WORKER_BOOT_ERROR)
+
+    async def _beat_until_started(self, server: Server) -> None:
+        # uvicorn tells gunicorn that the worker lives only once it serves.
+        while not server.started:
+            self.notify()
+            await asyncio.sleep(1)
+
+
+def refuse_new_connections(listener: socket.socket) -> None:
+    """Have the kernel drop what comes for `listener`, and keep what it has queued for us.
+
+    A close alone would reset connections that are established and not accepted yet. A classic
+    BPF program of the one instruction "return 0" drops every packet for the listening socket;
+    clients try again in a second, and are refused then. See socket(7), SO_ATTACH_FILTER.
+    """
+    if sys.platform != "linux":
+        return
+    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(drop))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
 class DrainingServer(Server):
@@ -74,6 +111,9 @@ class DrainingServer(Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.lifecycle.drain()
+        for listener in sockets or []:
+            refuse_new_connections(listener)
+        await asyncio.sleep(ACCEPT_S)
         for server in self.servers:
             server.close()
         if self.server_state.connections and self.lifecycle.phase is Phase.DRAINING:

@@ -55,8 +55,7 @@ def add_probe_routes(app: FastAPI, lifecycle: Lifecycle) -> None:
         responses=unavailable,
     )
     async def startup(response: Response) -> Status:
-        started = lifecycle.phase in (Phase.READY, Phase.DRAINING)
-        return status(response, None if started else f"The service is {lifecycle.phase}.")
+        return status(response, None if lifecycle.is_started else "Models are loading.")
 
     @app.get(
         "/ready",

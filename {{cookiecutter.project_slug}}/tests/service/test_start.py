@@ -1,5 +1,7 @@
 """Starting: probes tell loading from ready, and what cannot work stops with one line."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,28 @@ def test_two_workers_share_the_work_and_the_metrics(start: Start) -> None:
     metrics = service.client.get("/metrics").text
     counted = 'http_requests_total{handler="/v1/predict",method="POST",status="200"} 20.0'
     assert counted in metrics
+
+
+def test_a_replaced_worker_answers_nothing_before_it_has_loaded(
+    start: Start, tmp_path: Path, pipe: Path
+) -> None:
+    slow = f"Path({str(tmp_path / 'slow')!r}).exists() and Path({str(pipe)!r}).read_text()"
+    source = PREDICTOR.replace("self.factor = ", f"{slow}; self.factor = ")
+    service = start(WEB_CONCURRENCY=2, PREDICTORS_DIR=predictors(tmp_path, double=source))
+    service.wait_for("/ready")
+    (tmp_path / "slow").touch()
+    boots = [line["event"] for line in service.log_lines() if "Booting worker" in line["event"]]
+    os.kill(int(boots[0].rsplit(" ", 1)[1]), signal.SIGKILL)
+    # Opens when the replacement is loading.
+    with pipe.open("w"):
+        for _ in range(50):
+            answer = service.post_alone("/v1/predict", {"features": {"x": 1}})
+            assert answer.status_code == 200
+            assert service.client.get("/ready").status_code == 200
+    ready = service.log_lines("model ready")
+    while len(ready) < 3:
+        ready = service.log_lines("model ready")
+    assert service.post_alone("/v1/predict", {"features": {"x": 1}}).status_code == 200
 
 
 def test_artifacts_are_read_through_links(start: Start, tmp_path: Path) -> None:

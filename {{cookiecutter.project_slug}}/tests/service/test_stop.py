@@ -56,26 +56,32 @@ def test_an_idle_connection_is_served_once_more_and_told_to_close(start: Start) 
     assert service.exit_code() == 0
 
 
+def send(client: httpx.Client, number: int) -> str:
+    answer = client.post("/v1/predict", json={"features": {"x": number}})
+    right = answer.status_code == 200 and answer.json()["prediction"]["y"] == 2 * number
+    return "right" if right else f"wrong: {answer.text}"
+
+
+@pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "connection-each"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_under_load_every_request_is_answered(start: Start, workers: int) -> None:
+def test_under_load_every_request_is_answered(start: Start, workers: int, keep_alive: bool) -> None:
     service = start(WEB_CONCURRENCY=workers).wait_for("/ready")
-    counts: Counter[str] = Counter()
+    limits = httpx.Limits(max_keepalive_connections=1 if keep_alive else 0)
+    outcomes: Counter[str] = Counter()
     warm = threading.Barrier(9)
 
     def send_until_refused() -> None:
-        with httpx.Client(base_url=service.url, timeout=60) as client:
+        with httpx.Client(base_url=service.url, timeout=60, limits=limits) as client:
             for number in range(1_000_000):
                 if number == 50:
                     warm.wait()
                 try:
-                    answer = client.post("/v1/predict", json={"features": {"x": number}})
+                    outcomes[send(client, number)] += 1
                 except httpx.ConnectError:
                     return
                 except httpx.TransportError as error:
-                    counts[f"lost: {error!r}"] += 1
+                    outcomes[f"lost: {error!r}"] += 1
                     return
-                right = answer.status_code == 200 and answer.json()["prediction"]["y"] == 2 * number
-                counts["right" if right else f"wrong: {answer.text}"] += 1
 
     threads = [threading.Thread(target=send_until_refused) for _ in range(8)]
     for thread in threads:
@@ -84,8 +90,8 @@ def test_under_load_every_request_is_answered(start: Start, workers: int) -> Non
     service.signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
-    assert counts.keys() == {"right"}, counts
-    assert counts["right"] > 400
+    assert outcomes.keys() == {"right"}, outcomes
+    assert outcomes["right"] > 400
     assert service.exit_code() == 0
 
 
