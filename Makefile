@@ -46,10 +46,9 @@ lint: $(DEV)/installed  ## Style, formatting and types, of the generator and of 
 .PHONY: test-in-place
 test-in-place: $(DEV)/installed  ## The tests of the template, where they stand, with all its samples
 	rm -rf build/artifacts
-	cd '$(TEMPLATE)' && for script in training/*.py; do \
-		ARTIFACTS_DIR=../build/artifacts ../$(DEV)/bin/python -m training.$$(basename $$script .py) || exit 1; done
+	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts ../$(DEV)/bin/python -m app.train
 	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts DEFAULT_MODEL=fraud \
-		../$(DEV)/bin/python -m pytest -p no:cacheprovider
+		../$(DEV)/bin/python -m pytest -p no:cacheprovider -W error
 
 .PHONY: test-generator
 test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo

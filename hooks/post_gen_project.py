@@ -41,6 +41,13 @@ def keep_requirements(kind: str) -> None:
         shutil.rmtree(Path("requirements", name))
 
 
+def drop_caches() -> None:
+    """What tools have left in a template that is baked from a folder in use."""
+    for pattern in ("__pycache__", ".*_cache"):
+        for path in list(Path().rglob(pattern)):
+            shutil.rmtree(path)
+
+
 def drop_unneeded(kind: str) -> None:
     for path, kinds in ONLY_FOR.items():
         if kind not in kinds:
@@ -51,6 +58,7 @@ if __name__ == "__main__":
     keep_sample(SAMPLES[ANSWERS["model_kind"]], ANSWERS["model_name"])
     keep_requirements(ANSWERS["model_kind"])
     drop_unneeded(ANSWERS["model_kind"])
+    drop_caches()
     print(f"""
 Your service is in {ANSWERS["project_slug"]}/. Next:
 

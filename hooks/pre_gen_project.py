@@ -13,8 +13,8 @@ TEXT = r"[\w .,:;()'&+/%!?-]+"
 RULES = {
     "project_name": (TEXT, "letters, digits, spaces and . , : ; ( ) ' & + / % ! ? -"),
     "project_slug": (
-        r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?",
-        "at most 63 of a-z, 0-9 and -, beginning with a letter and not ending with -",
+        r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
+        "at most 63 of a-z, 0-9 and -, neither beginning nor ending with -",
     ),
     "description": (TEXT, "letters, digits, spaces and . , : ; ( ) ' & + / % ! ? -"),
     "model_name": (

@@ -97,6 +97,8 @@ def show(url: str) -> None:
 
 def main() -> None:
     started = monotonic()
+    if not os.environ.get("PORT", "8080").isdecimal():
+        stop_because("PORT has to be a number: make demo PORT=8081")
     port = int(os.environ.get("PORT", "8080"))
     url = f"http://localhost:{port}"
     if not is_free(port):
@@ -108,9 +110,8 @@ def main() -> None:
     with step("Installed its locked dependencies"):
         run("make", "install", cwd=PROJECT)
     python = str(PROJECT / ".venv" / "bin" / "python")
-    if not any((PROJECT / "artifacts").glob("*/*/manifest.json")):
-        with step("Trained the sample model"):
-            run("make", "train", cwd=PROJECT)
+    with step("Trained the sample model"):
+        run(python, "-m", "app.train", cwd=PROJECT)
 
     log = BUILD / "demo.log"
     environment = os.environ | {"PORT": str(port), "LOG_FORMAT": "console"}
@@ -124,6 +125,9 @@ def main() -> None:
             # Ctrl-C is for this process, which then stops the service as production would.
             start_new_session=True,
         )
+    # A closed terminal and a kill end it as Ctrl-C does.
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         with step("Started the service"):
             wait_until_ready(url, service, log)

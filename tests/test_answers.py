@@ -49,7 +49,6 @@ def test_texts_that_could_become_code_are_refused(
         "fraud_detection",
         "-fraud",
         "fraud-",
-        "1fraud",
         "fraud.detection",
         "frаud",  # noqa: RUF001  the third letter is Cyrillic
         "a/b/c",
@@ -116,6 +115,10 @@ def test_kinds_that_do_not_exist_are_refused(refuse: Callable[..., Refusal], kin
     refusal = refuse(model_kind=kind)
     assert refusal.returncode != 0
     assert refusal.left_behind == []
+
+
+def test_a_slug_may_begin_with_a_digit(bake: Callable[..., BakedProject]) -> None:
+    assert bake(project_name="3D Segmentation").path.name == "3d-segmentation"
 
 
 def test_good_answers_arrive_unchanged(bake: Callable[..., BakedProject]) -> None:

@@ -1,5 +1,7 @@
 """`make demo`, as a newcomer runs it: in a fresh copy, until Ctrl-C."""
 
+import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -30,22 +32,22 @@ def test_it_shows_a_real_answer_and_stops_on_ctrl_c(
         start_new_session=True,
     )
     assert demo.stdout
-    printed = ""
-    for line in demo.stdout:
-        printed += line
-        if "Ctrl-C stops it" in line:
-            break
-    try:
-        assert f"curl http://localhost:{port}/v1/predict" in printed, printed
-        assert '"fraud_probability": 0.9' in printed
-        assert f"http://localhost:{port}/docs" in printed
-        with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-            assert b"http_requests_total" in answer.read()
-    finally:
-        # To the whole group, as a terminal does.
-        subprocess.run(["kill", "-s", "INT", "--", f"-{demo.pid}"], check=True)
-        rest = demo.stdout.read()
-        demo.wait()
+    with demo:
+        printed = ""
+        for line in demo.stdout:
+            printed += line
+            if "Ctrl-C stops it" in line:
+                break
+        try:
+            assert f"curl http://localhost:{port}/v1/predict" in printed, printed
+            assert '"fraud_probability": 0.9' in printed
+            assert f"http://localhost:{port}/docs" in printed
+            with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                assert b"http_requests_total" in answer.read()
+        finally:
+            # To the whole group, as a terminal does.
+            os.killpg(demo.pid, signal.SIGINT)
+            rest = demo.stdout.read()
     assert "Stopped." in rest
     assert "Traceback" not in rest
     with pytest.raises(OSError, match="refused"):

@@ -28,9 +28,11 @@ FILES = [
     "app/main.py",
     "app/metrics.py",
     "app/predictor.py",
+    "app/protocol.py",
     "app/publish.py",
     "app/repository.py",
     "app/settings.py",
+    "app/train.py",
     "app/worker.py",
     "app/api/__init__.py",
     "app/api/json_route.py",
@@ -63,6 +65,7 @@ FILES = [
     "tests/service/test_settings.py",
     "tests/service/test_start.py",
     "tests/service/test_stop.py",
+    "tests/service/test_workers.py",
 ]
 ONNX_FILES = ["app/onnx.py", "tests/service/test_onnx.py"]
 

@@ -10,16 +10,17 @@ import yaml
 
 from tests.conftest import REPOSITORY, TEMPLATE
 
+SETTINGS = (TEMPLATE / "app" / "settings.py").read_text(encoding="utf-8")
 PYTHON_FILES = sorted(TEMPLATE.rglob("*.py"))
 
 LAYERS = [
-    {"__main__", "worker", "publish"},
+    {"__main__", "worker", "publish", "train"},
     {"main"},
     {"api"},
     {"lifecycle"},
     {"inference"},
     {"repository", "discovery"},
-    {"predictor", "artifacts", "onnx", "metrics", "logs", "errors", "settings"},
+    {"predictor", "artifacts", "onnx", "protocol", "metrics", "logs", "errors", "settings"},
 ]
 """From the top down: a module imports from its own layer and from those below it."""
 
@@ -77,6 +78,14 @@ def test_hooks_need_only_the_standard_library() -> None:
                 assert {alias.name for alias in node.names} <= allowed
             if isinstance(node, ast.ImportFrom):
                 assert node.module in allowed
+
+
+def test_the_generated_readme_explains_every_setting() -> None:
+    fields = re.findall(r"^    (\w+): .*\n    \"\"\"", SETTINGS, flags=re.MULTILINE)
+    readme = (TEMPLATE / "README.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `([A-Z0-9_]+)` \|", readme, flags=re.MULTILINE)
+    assert len(fields) > 10
+    assert set(documented) == {name.upper() for name in fields}
 
 
 def test_workflows_parse() -> None:

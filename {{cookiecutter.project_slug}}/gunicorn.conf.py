@@ -8,12 +8,14 @@ from typing import Any
 
 from app.logs import logging_config
 from app.settings import load_settings
+from app.worker import Worker, refuse_new_connections
 
 settings = load_settings()
 
 wsgi_app = "app.main:create_app()"
-worker_class = "app.worker.Worker"
-bind = f"{settings.bind_address}:{settings.port}"
+worker_class = Worker
+host = f"[{settings.bind_address}]" if ":" in settings.bind_address else settings.bind_address
+bind = f"{host}:{settings.port}"
 workers = settings.web_concurrency
 logconfig_dict = logging_config(settings)
 
@@ -31,6 +33,21 @@ timeout = 60
 # Neither is needed, and both write to disks that may be read-only.
 control_socket_disable = True
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def on_starting(server: Any) -> None:
+    """Let a stop of the whole service refuse connections before it closes the socket."""
+    stop = server.stop
+
+    def refuse_and_stop(graceful: bool = True) -> None:
+        # After SIGUSR2 another gunicorn goes on with the same sockets.
+        if server.reexec_pid == server.master_pid == 0:
+            for listener in server.LISTENERS:
+                refuse_new_connections(listener.sock)
+        stop(graceful)
+
+    server.stop = refuse_and_stop
+
 
 # With several workers, each counts into files of its own, and /metrics adds them up.
 if workers > 1:

@@ -54,7 +54,7 @@ def _predictor_in(path: Path) -> PredictorClass:
 
 
 def _import(path: Path) -> ModuleType:
-    # Under the name that `import predictors.fraud` gives it, as pickles refer to it so.
+    # Under the name that an import statement gives it, as pickles refer to it so.
     name = f"predictors.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     if spec is None or spec.loader is None:

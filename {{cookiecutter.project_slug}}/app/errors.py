@@ -1,7 +1,7 @@
 """What can go wrong, and how it is said over HTTP: problem details, RFC 9457."""
 
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +14,9 @@ MAX_LISTED_ERRORS = 100
 
 MAX_FIELD_CHARS = 200
 """A field's path can hold a name that the caller made up; this bounds what is repeated."""
+
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
 class StartupError(Exception):
@@ -47,7 +50,7 @@ class ServiceError(Exception):
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
     headers: Mapping[str, str] = {}
 
-    def __init__(self, detail: str, errors: Iterable[FieldError] = ()) -> None:
+    def __init__(self, detail: str, errors: Sequence[FieldError] = ()) -> None:
         super().__init__(detail)
         self.detail = detail
         self.errors = list(errors)
@@ -104,13 +107,13 @@ class DeadlineExceeded(ServiceError):
 
 
 def problem(error: ServiceError, request_id: str) -> Problem:
-    """The problem document for `error`, with at most `MAX_LISTED_ERRORS` field errors."""
+    """The problem document for `error`."""
     return Problem(
         title=error.status.phrase,
         status=error.status,
         detail=error.detail,
         request_id=request_id,
-        errors=error.errors[:MAX_LISTED_ERRORS] or None,
+        errors=error.errors or None,
     )
 
 
@@ -121,18 +124,18 @@ def invalid_input(error: ValidationError) -> ServiceError:
         if details["type"] == "too_long" and details["loc"] == ("instances",):
             limit = details["ctx"]["max_length"]
             return TooLarge(f"More than {limit} instances in one request; send them in parts.")
-    return invalid_fields(
-        FieldError(field=_path(details["loc"]), message=_expectation(details)) for details in found
-    )
+    listed = found[:MAX_LISTED_ERRORS]
+    fields = [FieldError(field=_path(item["loc"]), message=_expectation(item)) for item in listed]
+    return invalid_fields(fields, count=len(found))
 
 
-def invalid_fields(errors: Iterable[FieldError]) -> InvalidInput:
-    """A 422 for the fields in `errors`; says so where only the first of them are listed."""
-    errors = list(errors)
-    detail = f"{len(errors)} invalid field{'s' if len(errors) > 1 else ''}."
-    if len(errors) > MAX_LISTED_ERRORS:
+def invalid_fields(errors: list[FieldError], count: int | None = None) -> InvalidInput:
+    """A 422 for the fields in `errors`, which may be the first of `count`."""
+    count = count or len(errors)
+    detail = f"{count} invalid field{'s' if count > 1 else ''}."
+    if count > MAX_LISTED_ERRORS:
         detail += f" The first {MAX_LISTED_ERRORS} are listed."
-    return InvalidInput(detail, errors)
+    return InvalidInput(detail, errors[:MAX_LISTED_ERRORS])
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -140,9 +143,11 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _expectation(details: ErrorDetails) -> str:
-    # The one message of pydantic's that repeats the caller's value.
+    # The messages of pydantic's that repeat the caller's value.
     if details["type"] == "union_tag_invalid":
         return f"Input should have a tag from {details['ctx']['expected_tags']}"
+    if details["type"] in ("byte_size_unit", "uuid_parsing"):
+        return "Input should be a valid value"
     return details["msg"]
 
 

@@ -73,11 +73,11 @@ class Lifecycle:
         everyone = self._load_count is None or self._load_count.value >= self._workers
         return everyone and self.phase in (Phase.READY, Phase.DRAINING)
 
-    async def start(self) -> None:
-        """Begin to load the models, while the probes already answer."""
-        self._loading = asyncio.create_task(self._load())
-        if self.is_replacement:
-            await self._loading
+    def start(self) -> asyncio.Task[None]:
+        """Begin to load the models, while the probes already answer; the task never fails."""
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load())
+        return self._loading
 
     async def _load(self) -> None:
         try:
@@ -119,8 +119,10 @@ class Lifecycle:
             return f"The service is {self.phase}."
         if not self.is_started:
             return "Other workers are loading."
-        for model in self.repository.models.values():
-            if fault := await self._test(model):
+        models = self.repository.models.values()
+        faults = await asyncio.gather(*map(self._test, models))
+        for model, fault in zip(models, faults, strict=True):
+            if fault:
                 return f"Model {model.name}: {fault}"
         return None
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from app.artifacts import new_version, newest
+from app.artifacts import MANIFEST, new_version, newest
 from app.discovery import discover
 from app.errors import StartupError
 from app.settings import load_settings
@@ -22,6 +22,9 @@ def main() -> None:
     for file in arguments.files:
         if not file.is_file():
             parser.error(f"{file} is not a file")
+    names = [file.name for file in arguments.files]
+    if len(set(names)) < len(names) or MANIFEST in names:
+        parser.error(f"the files need different names, and none of them {MANIFEST}")
     try:
         settings = load_settings()
         predictors = discover(settings.predictors_dir)

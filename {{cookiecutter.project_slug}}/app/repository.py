@@ -72,7 +72,7 @@ class ServedModel:
         try:
             loading = self._thread.submit(self._load_newest)
             artifact, predictor = await asyncio.wrap_future(loading)
-        except StartupError:
+        except Exception:
             self.state = State.FAILED
             raise
         self.artifact, self._predictor = artifact, predictor
@@ -88,8 +88,14 @@ class ServedModel:
         )
 
     def _load_newest(self) -> tuple[Artifact, BasePredictor[Any, Any]]:
-        artifact = artifacts.newest(self._settings.artifacts_dir, self.name)
-        artifact.verify()
+        try:
+            artifact = artifacts.newest(self._settings.artifacts_dir, self.name)
+            artifact.verify()
+        except OSError as error:
+            raise StartupError(
+                f"{self.name}: {error.filename} cannot be read ({error.strerror}); "
+                "let the service's user read it"
+            ) from error
         files = ", ".join(str(artifact.directory / name) for name in artifact.manifest.files)
         source = Path(sys.modules[self.predictor_class.__module__].__file__ or "")
         remedy = "train it again or mend the predictor (LOG_LEVEL=debug shows the traceback)"
@@ -116,14 +122,15 @@ class ServedModel:
             log.debug("%s: warm-up failed", self.name, exc_info=True)
             raise StartupError(
                 f"{self.name}: {files} does not fit {source.name}: predict([example]) failed: "
-                f"{on_one_line(error, source)}; {remedy}"
+                f"{on_one_line(error.__cause__ or error, source)}; {remedy}"
             ) from error
         self._warn_of_schema_change(artifact)
         return artifact, predictor
 
     def _warn_of_schema_change(self, artifact: Artifact) -> None:
+        schema = self.predictor_class.features.model_json_schema()
         trained = set(artifact.manifest.input_schema.get("properties", {}))
-        served = set(self.predictor_class.features.model_fields)
+        served = set(schema.get("properties", {}))
         if trained and trained != served:
             log.warning(
                 "%s: the fields of Features have changed since version %s was published: %s",
@@ -154,15 +161,19 @@ class ServedModel:
                 loop.call_soon_threadsafe(self._release, len(rows))
 
         self._rows_accepted += len(rows)
-        running = self._thread.submit(run, self._predictor, list(rows))
+        batch = list(rows)
+        running = self._thread.submit(run, self._predictor, batch)
         running.add_done_callback(release)
         try:
             outcomes = await asyncio.wrap_future(running)
-        except Exception as error:
+        except PredictionFailed:
             log.exception("prediction failed", extra={"model": self.name})
-            if isinstance(error, PredictionFailed):
-                raise
-            raise PredictionFailed(f"Model {self.name} failed on this request.") from error
+            raise
+        except asyncio.CancelledError:
+            # The executor keeps cancelled work until its turn comes; it need not keep the rows.
+            if running.cancelled():
+                batch.clear()
+            raise
         self.last_success = loop.time()
         return outcomes
 
@@ -178,9 +189,13 @@ def run(predictor: BasePredictor[Any, Any], rows: list[BaseFeatures]) -> Sequenc
     """Call `predictor` and check that it gave one outcome for each row.
 
     Raises:
-        PredictionFailed: it did not. Whatever it raises itself is passed on.
+        PredictionFailed: it did not, or it raised, which is the cause then.
     """
-    outcomes = predictor.predict(rows)
+    try:
+        outcomes = predictor.predict(rows)
+    except BaseException as error:
+        # All of them: a future takes no StopIteration, and a SystemExit would end the thread.
+        raise PredictionFailed("The model failed on this request.") from error
     if not isinstance(outcomes, Sequence):
         raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
     if len(outcomes) != len(rows):

@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=".env",
         pyproject_toml_table_header=("tool", "service"),
+        env_ignore_empty=True,
         extra="ignore",
         frozen=True,
         use_attribute_docstrings=True,
@@ -88,13 +89,12 @@ class Settings(BaseSettings):
     @field_validator("api_keys_sha256", mode="before")
     @classmethod
     def _split_digests(cls, value: object) -> object:
-        if isinstance(value, str):
-            return [part.strip().lower() for part in value.split(",") if part.strip()]
-        return value
+        return value.lower().split(",") if isinstance(value, str) else value
 
     @field_validator("api_keys_sha256")
     @classmethod
     def _check_digests(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
+        digests = tuple(digest.strip() for digest in digests)
         for digest in digests:
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise ValueError("each key is given as its SHA-256, 64 hexadecimal digits")

@@ -18,22 +18,24 @@ from uvicorn_worker import UvicornWorker
 
 from app.errors import StartupError
 from app.lifecycle import Lifecycle, Phase
+from app.protocol import Protocol
 
 log = logging.getLogger(__name__)
 
-SO_ATTACH_FILTER = 26
-
 ACCEPT_S = 0.05
-"""How long queued connections are accepted once no new ones come."""
+"""How long a stopping worker goes on to accept the connections that are queued."""
 
 DRAIN_S = 1.0
 """How long open connections may still bring requests after a stop was asked for."""
+
+RETRY_S = 5.0
+"""How long a worker that cannot take another's place waits before gunicorn may try again."""
 
 
 class Worker(UvicornWorker):
     CONFIG_KWARGS: ClassVar = {
         "loop": "uvloop",
-        "http": "httptools",
+        "http": Protocol,
         "ws": "none",
         # app.api.middleware logs requests, with their ids.
         "access_log": False,
@@ -61,38 +63,36 @@ class Worker(UvicornWorker):
         self.config.app = self.wsgi
         lifecycle: Lifecycle = self.wsgi.state.lifecycle
         lifecycle.join(self.cfg.workers, self.load_count)
+        heartbeat = asyncio.create_task(self._beat())
+        if lifecycle.is_replacement:
+            await self._load_before_serving(lifecycle)
         self._install_sigquit_handler()
         server = DrainingServer(self.config, lifecycle)
-        heartbeat = asyncio.create_task(self._beat_until_started(server))
         # The bare sockets, as uvloop and gunicorn's wrappers would both close their descriptors.
         await server.serve(sockets=[listener.sock for listener in self.sockets])
         heartbeat.cancel()
         if not server.started or lifecycle.phase is Phase.FAILED:
-            logging.shutdown()
-            # Not sys.exit, which would wait for the threads of models that still load. A
-            # replacement that fails does not take down the workers that serve.
-            os._exit(1 if lifecycle.is_replacement else Arbiter.WORKER_BOOT_ERROR)
+            end(Arbiter.WORKER_BOOT_ERROR)
 
-    async def _beat_until_started(self, server: Server) -> None:
-        # uvicorn tells gunicorn that the worker lives only once it serves.
-        while not server.started:
+    async def _load_before_serving(self, lifecycle: Lifecycle) -> None:
+        await lifecycle.start()
+        if lifecycle.phase is Phase.FAILED:
+            # gunicorn replaces this one at once, and the others serve on.
+            await asyncio.sleep(RETRY_S)
+            end(1)
+
+    async def _beat(self) -> None:
+        # uvicorn does this only while it serves, and loading and draining may take longer than
+        # gunicorn waits for a sign of life.
+        while True:
             self.notify()
             await asyncio.sleep(1)
 
 
-def refuse_new_connections(listener: socket.socket) -> None:
-    """Have the kernel drop what comes for `listener`, and keep what it has queued for us.
-
-    A close alone would reset connections that are established and not accepted yet. A classic
-    BPF program of the one instruction "return 0" drops every packet for the listening socket;
-    clients try again in a second, and are refused then. See socket(7), SO_ATTACH_FILTER.
-    """
-    if sys.platform != "linux":
-        return
-    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    program = struct.pack("HP", 1, ctypes.addressof(drop))
-    with contextlib.suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+def end(status: int) -> None:
+    """Not sys.exit, which would wait for the threads of models that still load."""
+    logging.shutdown()
+    os._exit(status)
 
 
 class DrainingServer(Server):
@@ -111,11 +111,33 @@ class DrainingServer(Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.lifecycle.drain()
-        for listener in sockets or []:
-            refuse_new_connections(listener)
         await asyncio.sleep(ACCEPT_S)
         for server in self.servers:
             server.close()
         if self.server_state.connections and self.lifecycle.phase is Phase.DRAINING:
             await asyncio.sleep(DRAIN_S)
         await super().shutdown(sockets)
+
+
+def refuse_new_connections(listener: socket.socket) -> None:
+    """Have the kernel drop requests to connect, and keep the connections that it has queued.
+
+    For when the whole service stops: to close the socket, which all workers share, resets what
+    is queued and not accepted yet. Who is dropped tries again in a second, and is refused then.
+    Linux only; elsewhere such connections are lost. See socket(7), SO_ATTACH_FILTER.
+    """
+    if sys.platform != "linux":
+        return
+    # Classic BPF over the TCP header: pass what has the flag ACK, in the 14th byte.
+    instructions = [
+        (0x30, 0, 0, 13),  # A = byte 13
+        (0x45, 0, 1, 0x10),  # if not A & ACK, skip one
+        (0x06, 0, 0, 0xFFFF),  # pass
+        (0x06, 0, 0, 0),  # drop
+    ]
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    memory = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(instructions), ctypes.addressof(memory))
+    so_attach_filter = 26
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, program)

@@ -68,14 +68,26 @@ def test_other_sizes_colours_and_formats_are_read(client: TestClient, image: Any
     assert answer.json()["prediction"]["digit"] == digits[0]
 
 
+def png(header: bytes, *chunks: tuple[bytes, bytes]) -> str:
+    """A PNG of these chunks, as kind and content, in base64."""
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [(b"IHDR", header), *chunks, (b"IEND", b"")]:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        file += struct.pack(">I", len(data)) + kind + data + checksum
+    return base64.b64encode(file).decode()
+
+
 def png_that_claims(width: int, height: int) -> str:
     """A PNG of a few bytes whose header speaks of far more pixels than it has."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = b""
-    for kind, data in [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        chunks += struct.pack(">I", len(data)) + kind + data + checksum
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunks).decode()
+    return png(header, (b"IDAT", zlib.compress(b"\0")))
+
+
+PALETTE_WITHOUT_COLOURS = png(
+    struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0),
+    (b"tRNS", b"\0"),
+    (b"IDAT", zlib.compress(b"\0\0")),
+)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +100,7 @@ def png_that_claims(width: int, height: int) -> str:
         pytest.param(encode(Image.new("L", (8, 8)))[:60], id="cut off"),
         pytest.param(encode(Image.new("L", (MAX_SIDE_PIXELS + 1, 8))), id="too wide"),
         pytest.param(png_that_claims(60_000, 60_000), id="decompression bomb"),
+        pytest.param(PALETTE_WITHOUT_COLOURS, id="palette without colours"),
         pytest.param(png_that_claims(8, 8), id="fewer pixels than it claims"),
         pytest.param("A" * (MAX_FILE_BYTES * 4 // 3 + 8), id="too many bytes"),
         pytest.param(7, id="a number"),

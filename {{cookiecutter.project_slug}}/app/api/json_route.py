@@ -7,6 +7,7 @@ NaN and Infinity.
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from time import perf_counter
 from typing import Any, get_args
 
 from fastapi import Request, Response
@@ -17,13 +18,17 @@ from starlette.requests import ClientDisconnect
 from app.errors import BodyTimeout, BodyTooLarge, UnsupportedMediaType, invalid_input
 from app.settings import Settings
 
+CLIENT_LEFT = 499
+"""nginx's status for a client that left; it is seen in logs and metrics alone."""
+
 
 class JsonRoute(APIRoute):
     """For endpoints `async def endpoint(body, request)` whose `body` is annotated as
     `Annotated[<pydantic model>, ...]` and that return a pydantic model.
 
     The endpoint finds its deadline, in seconds on the event loop's clock, in
-    `request.state.deadline`.
+    `request.state.deadline`, and when the request began, by `perf_counter`, in
+    `request.state.started`.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -33,6 +38,7 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             settings: Settings = request.app.state.settings
             deadline = asyncio.get_running_loop().time() + settings.request_timeout_s
+            request.state.started = perf_counter()
             request.state.deadline = deadline
             require_json(request)
             try:
@@ -40,13 +46,16 @@ class JsonRoute(APIRoute):
                     content = await read_body(request, settings.max_body_bytes)
             except TimeoutError:
                 raise BodyTimeout("The body did not arrive in time.") from None
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_LEFT)
             try:
                 body = body_model.model_validate_json(content)
             except ValidationError as error:
                 raise invalid_input(error) from None
             answer: BaseModel = await endpoint(body=body, request=request)
             return Response(
-                answer.__pydantic_serializer__.to_json(answer), media_type="application/json"
+                answer.__pydantic_serializer__.to_json(answer, by_alias=True),
+                media_type="application/json",
             )
 
         return handle

@@ -10,7 +10,6 @@ from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import problem_response
@@ -59,8 +58,6 @@ class RequestContext:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self.app(scope, receive, send_with_context)
-            except ClientDisconnect:
-                log.info("the client left before its request was read")
             except Exception:
                 log.exception("unhandled error")
                 if not status:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic.json_schema import JsonSchemaMode
 
 from app.api.problems import problems
 from app.predictor import Provider
@@ -84,11 +85,11 @@ def _describe(repository: ModelRepository, name: str) -> ModelInfo:
         artifact_digest=artifact.digest if artifact else None,
         created=artifact.manifest.created if artifact else None,
         metrics=artifact.manifest.metrics if artifact else {},
-        input_schema=_schema(model.predictor_class.features),
-        output_schema=_schema(model.predictor_class.prediction),
+        input_schema=_schema(model.predictor_class.features, "validation"),
+        output_schema=_schema(model.predictor_class.prediction, "serialization"),
     )
 
 
 @cache
-def _schema(rows: type[BaseModel]) -> dict[str, Any]:
-    return rows.model_json_schema(mode="serialization")
+def _schema(rows: type[BaseModel], mode: JsonSchemaMode) -> dict[str, Any]:
+    return rows.model_json_schema(mode=mode)

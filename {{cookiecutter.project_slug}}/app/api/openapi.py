@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from app.api.problems import MEDIA_TYPE
+from app.errors import PROBLEM_MEDIA_TYPE
 
 API_KEY_SCHEMES = {
     "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -38,4 +38,4 @@ def _correct_media_type(responses: dict[str, Any]) -> None:
         content = response.get("content", {})
         schema = content.get("application/json", {}).get("schema", {})
         if schema.get("$ref") == "#/components/schemas/Problem":
-            response["content"] = {MEDIA_TYPE: content["application/json"]}
+            response["content"] = {PROBLEM_MEDIA_TYPE: content["application/json"]}

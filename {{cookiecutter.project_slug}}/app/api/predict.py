@@ -50,7 +50,7 @@ class _Answer(BaseModel):
     model: str
     model_version: str
     processing_time_ms: float
-    """Time on the server, from the first byte of the body on."""
+    """Time on the server, from the end of the request's header to the answer."""
 
     timestamp: AwareDatetime
 
@@ -89,15 +89,12 @@ def _add_single(app: FastAPI, path: str, model: ServedModel) -> None:
     response_type = create_model(
         f"{title}PredictResponse", __base__=PredictResponse, prediction=(predictor.prediction, ...)
     )
-    example = {"features": predictor.example.model_dump(mode="json")}
+    example = {"features": predictor.example.model_dump(mode="json", by_alias=True)}
 
     async def predict(body: PredictRequest, request: Request) -> PredictResponse:
-        started = perf_counter()
         answer = await inference.predict(model, [body.features], request.state.deadline)
         [prediction] = _predictions(answer.outcomes, lambda _: "features")
-        return response_type.model_construct(
-            **_envelope(request, answer, started), prediction=prediction
-        )
+        return response_type.model_construct(**_envelope(request, answer), prediction=prediction)
 
     _declare_body(predict, request_type, example)
     _add(app, path, predict, response_type, f"Score one row with {model.name}")
@@ -115,15 +112,12 @@ def _add_batch(app: FastAPI, path: str, model: ServedModel, max_instances: int) 
         __base__=BatchResponse,
         predictions=(list[predictor.prediction], ...),  # type: ignore[name-defined]
     )
-    example = {"instances": [predictor.example.model_dump(mode="json")]}
+    example = {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]}
 
     async def predict(body: BatchRequest, request: Request) -> BatchResponse:
-        started = perf_counter()
         answer = await inference.predict(model, body.instances, request.state.deadline)
         predictions = _predictions(answer.outcomes, lambda row: f"instances.{row}")
-        return response_type.model_construct(
-            **_envelope(request, answer, started), predictions=predictions
-        )
+        return response_type.model_construct(**_envelope(request, answer), predictions=predictions)
 
     _declare_body(predict, request_type, example)
     _add(app, path, predict, response_type, f"Score rows with {model.name}")
@@ -156,12 +150,12 @@ def _title(model: ServedModel) -> str:
     return "".join(word.capitalize() for word in model.name.split("_"))
 
 
-def _envelope(request: Request, answer: inference.Answer, started: float) -> dict[str, Any]:
+def _envelope(request: Request, answer: inference.Answer) -> dict[str, Any]:
     return {
         "request_id": request.state.request_id,
         "model": answer.model,
         "model_version": answer.version,
-        "processing_time_ms": round((perf_counter() - started) * 1000, 3),
+        "processing_time_ms": round((perf_counter() - request.state.started) * 1000, 3),
         "timestamp": datetime.now(UTC),
     }
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from app.errors import (
+    PROBLEM_MEDIA_TYPE,
     BodyTooLarge,
     FieldError,
     Problem,
@@ -17,8 +18,6 @@ from app.errors import (
     invalid_fields,
     problem,
 )
-
-MEDIA_TYPE = "application/problem+json"
 
 LINGER_S = 2.0
 LINGER_BYTES = 16 * 1024 * 1024
@@ -57,7 +56,7 @@ def problem_response(error: ServiceError, request_id: str) -> Response:
         problem(error, request_id).model_dump_json(exclude_none=True),
         status_code=error.status,
         headers=dict(error.headers),
-        media_type=MEDIA_TYPE,
+        media_type=PROBLEM_MEDIA_TYPE,
     )
 
 
@@ -85,7 +84,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         document.model_dump_json(exclude_none=True),
         status_code=status,
         headers=dict(error.headers or {}),
-        media_type=MEDIA_TYPE,
+        media_type=PROBLEM_MEDIA_TYPE,
     )
 
 

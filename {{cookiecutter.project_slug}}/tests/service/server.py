@@ -71,6 +71,12 @@ class Service:
             assert monotonic() < deadline, f"{path} is not {status}:\n{self.log}"
             sleep(0.02)
 
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        deadline = monotonic() + WAIT_S
+        while not condition():
+            assert monotonic() < deadline, self.log
+            sleep(0.02)
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 

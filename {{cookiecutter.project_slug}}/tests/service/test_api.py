@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from tests.service.server import Service, Start, assert_problem
@@ -13,6 +15,11 @@ KEY, OLD_KEY = "correct horse battery staple", "tr0ub4dor&3"
 
 def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def leave_midway() -> Iterator[bytes]:
+    yield b"{"
+    raise httpx.WriteError("gone")
 
 
 def references(document: Any) -> set[str]:
@@ -79,7 +86,7 @@ class TestModels:
         assert model["versions"] == [{"version": "1", "state": "ready"}]
         assert model["provider"] == "cpu"
         assert re.fullmatch(r"[0-9a-f]{64}", model["artifact_digest"])
-        assert model["input_schema"]["properties"].keys() == {"x", "note"}
+        assert model["input_schema"]["properties"].keys() == {"x", "note", "class"}
         assert model["output_schema"]["properties"].keys() == {"y"}
 
 
@@ -95,6 +102,13 @@ class TestMetrics:
         route = 'handler="/v1/models/double/predict",method="POST"'
         assert "http_requests_total{" + route + ',status="200"} 3.0' in text
         assert "http_requests_total{" + route + ',status="422"} 1.0' in text
+        with pytest.raises(httpx.TransportError):
+            service.client.post(
+                "/v1/predict",
+                content=leave_midway(),
+                headers={"Content-Type": "application/json"},
+            )
+        service.wait_until(lambda: 'status="499"} 1.0' in service.client.get("/metrics").text)
         assert 'http_requests_total{handler="none",method="GET",status="404"} 1.0' in text
         for probe in ("/health", "/startup", "/ready", "/metrics"):
             assert f'handler="{probe}"' not in text
@@ -149,7 +163,10 @@ class TestApiKeys:
             assert guarded.client.get(path).status_code == 200
 
     def test_it_is_documented_and_never_logged(self, guarded: Service) -> None:
-        guarded.client.post("/v1/predict", json={}, headers={"X-API-Key": KEY})
+        for path in ("/v1/predict", "/v1/models/faulty/predict"):
+            body = {"features": {"fault": "raise"}}
+            guarded.client.post(path, json=body, headers={"X-API-Key": KEY})
+        assert guarded.log_lines("prediction failed")
         document = guarded.client.get("/openapi.json").json()
         assert document["paths"]["/v1/predict"]["post"]["security"]
         assert "security" not in document["paths"]["/ready"]["get"]

@@ -105,13 +105,16 @@ class TestPublish:
         artifact = newest(tmp_path, "double")
         artifact.verify()
         assert artifact.manifest.files.keys() == {"factor.txt"}
-        assert artifact.manifest.input_schema["properties"].keys() == {"x", "note"}
+        assert artifact.manifest.input_schema["properties"].keys() == {"x", "note", "class"}
 
     def test_what_cannot_be_published_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "factor.txt").write_text("3")
         unknown = self.run(tmp_path, "triple", str(tmp_path / "factor.txt"))
         assert unknown.returncode == 2
         assert f"no {FAKES}/triple.py; write it first" in unknown.stderr
+        twice = self.run(tmp_path, "double", *[str(tmp_path / "factor.txt")] * 2)
+        assert twice.returncode == 2
+        assert "different names" in twice.stderr
         missing = self.run(tmp_path, "double", str(tmp_path / "nothing.txt"))
         assert missing.returncode == 2
         assert "nothing.txt is not a file" in missing.stderr

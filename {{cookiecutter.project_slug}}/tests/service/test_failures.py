@@ -12,7 +12,9 @@ from tests.service.server import FAKES, Service, Start, assert_problem, publish
 
 
 class TestFaultyModel:
-    @pytest.mark.parametrize("fault", ["raise", "nothing", "generator", "type", "nan"])
+    @pytest.mark.parametrize(
+        "fault", ["raise", "nothing", "generator", "type", "nan", "stop", "exit"]
+    )
     def test_it_is_a_500_that_tells_nothing_of_the_inside(
         self, service: Service, fault: str
     ) -> None:
@@ -20,6 +22,8 @@ class TestFaultyModel:
         problem = assert_problem(answer, 500)
         for secret in ("swordfish", "Traceback", "ValueError", "predictors", ".py"):
             assert secret not in answer.text
+        assert "exc_locals" not in service.log
+        assert '"locals"' not in service.log
         [line] = service.log_lines_of(problem["request_id"], "prediction failed")
         assert line["model"] == "faulty"
         assert line["exception"]
@@ -52,26 +56,28 @@ def hold(service: Service, pipe: Path, pool: ThreadPoolExecutor, **features: Any
 
 class TestSlowModel:
     def test_late_is_504_and_others_and_probes_are_served(self, start: Start, pipe: Path) -> None:
-        service = start(REQUEST_TIMEOUT_S=0.3).wait_for("/ready")
-        assert_problem(service.predict("gate", pipe=str(pipe)), 504)
-        # The model is still held.
-        assert_problem(service.predict("gate", pipe="/dev/null"), 504)
-        assert service.client.get("/health").status_code == 200
-        assert service.predict("double", x=1).json()["prediction"] == {"y": 2}
-        pipe.write_text("go")
+        service = start(REQUEST_TIMEOUT_S=1).wait_for("/ready")
+        with ThreadPoolExecutor() as pool:
+            late = hold(service, pipe, pool)
+            with pipe.open("w"):
+                assert_problem(late.result(), 504)
+                # The model is still held.
+                assert_problem(service.predict("gate", pipe="/dev/null"), 504)
+                assert service.client.get("/health").status_code == 200
+                assert service.predict("double", x=1).json()["prediction"] == {"y": 2}
         assert service.wait_for("/ready").predict("gate", pipe="/dev/null").status_code == 200
 
     def test_an_expired_request_never_reaches_the_model(
         self, start: Start, pipe: Path, tmp_path: Path
     ) -> None:
-        service = start(REQUEST_TIMEOUT_S=0.3).wait_for("/ready")
-        expired = tmp_path / "expired"
+        service = start(REQUEST_TIMEOUT_S=1).wait_for("/ready")
         with ThreadPoolExecutor() as pool:
             first = hold(service, pipe, pool)
-            assert_problem(service.predict("gate", pipe=str(expired)), 504)
-            assert_problem(first.result(), 504)
+            # Opens when the model has opened its side: it is at work.
+            with pipe.open("w"):
+                assert_problem(service.predict("gate", pipe=str(tmp_path / "expired")), 504)
+                assert_problem(first.result(), 504)
         # Had it reached the model, that would fail for want of the file, and log it.
-        pipe.write_text("go")
         assert service.wait_for("/ready").predict("gate", pipe="/dev/null").status_code == 200
         assert not service.log_lines("prediction failed")
 
@@ -109,7 +115,7 @@ class TestReadiness:
         (tmp_path / "unwell").touch()
         answer = service.client.get("/ready")
         assert answer.status_code == 503
-        assert answer.json()["detail"] == "Model faulty: Model faulty failed on this request."
+        assert answer.json()["detail"] == "Model faulty: The model failed on this request."
         assert service.client.get("/health").status_code == 200
         (tmp_path / "unwell").unlink()
         assert service.client.get("/ready").status_code == 200

@@ -129,7 +129,7 @@ class TestInvalidInput:
         answer = service.client.post(PREDICT, json=content)
         assert "1111" not in answer.text
         assert "1234567" not in answer.text
-        assert "1111" not in service.log
+        assert "1111-1111" not in service.log
 
     def test_many_mistakes_get_a_short_answer(self, service: Service) -> None:
         features = {"x": 1} | {f"f{number}": 1 for number in range(500)}
@@ -211,13 +211,51 @@ class TestOtherErrors:
         assert_problem(service.client.delete("/health"), 405)
 
 
+def exchange(service: Service, request: bytes) -> bytes:
+    """Everything that comes back for `request` until the service closes the connection."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(1000), b""))
+
+
+def test_an_offer_of_http2_is_ignored(service: Service) -> None:
+    body = json.dumps(GOOD).encode()
+    answer = exchange(
+        service,
+        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\n"
+        b"Upgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\nContent-Type: application/json\r\n"
+        + f"Content-Length: {len(body)}\r\n\r\n".encode()
+        + body,
+    )
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b'"prediction":{"y":42.0}' in answer
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+def test_what_is_no_http_is_a_problem_too(service: Service, request_: bytes) -> None:
+    head, _, body = exchange(service, request_).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/problem+json" in head
+    problem = json.loads(body)
+    assert f"x-request-id: {problem['request_id']}".encode() in head
+    assert service.client.get("/health").status_code == 200
+
+
 def test_a_client_that_leaves_midway_is_no_error(service: Service) -> None:
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: left-midway\r\n"
     with socket.create_connection(("127.0.0.1", service.port)) as connection:
         connection.sendall(head + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
-    # It is logged when it is noticed; the next answer comes after that or the log is read again.
-    while not [line for line in service.log_lines() if line.get("request_id") == "left-midway"]:
-        assert service.client.get("/health").status_code == 200
+    service.wait_until(lambda: service.log_lines_of("left-midway", "request"))
+    assert service.log_lines_of("left-midway", "request")[0]["status"] == 499
     assert not [line for line in service.log_lines() if line["level"] == "error"]
 
 

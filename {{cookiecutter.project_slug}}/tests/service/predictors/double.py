@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+from pydantic import Field
+
 from app.predictor import BaseFeatures, BasePrediction, BasePredictor, Device
 
 
 class Features(BaseFeatures):
     x: float
     note: str = ""
+    # A name that Python does not allow.
+    kind: str = Field(default="", alias="class")
 
 
 class Prediction(BasePrediction):
@@ -15,7 +19,7 @@ class Prediction(BasePrediction):
 
 
 class Predictor(BasePredictor[Features, Prediction]):
-    example = Features(x=21)
+    example = Features.model_validate({"x": 21, "class": "even"})
 
     def load(self, artifact_dir: Path, device: Device) -> None:
         self.factor = float((artifact_dir / "factor.txt").read_text())

@@ -1,12 +1,15 @@
 """A model that breaks its contract in every way, as asked."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from app.predictor import BaseFeatures, BasePrediction, BasePredictor, Device, ItemError
 
-Fault = Literal["none", "raise", "short", "long", "nothing", "generator", "type", "nan", "item"]
+Fault = Literal[
+    "none", "raise", "stop", "exit", "short", "long", "nothing", "generator", "type", "nan", "item"
+]
 
 
 class Features(BaseFeatures):
@@ -28,6 +31,8 @@ class Predictor(BasePredictor[Features, Prediction]):
         answers: dict[str, Any] = {
             "none": lambda: good,
             "raise": lambda: int("the password is swordfish"),
+            "stop": lambda: next(iter([])),
+            "exit": sys.exit,
             "short": lambda: good[1:],
             "long": lambda: good * 2,
             "nothing": lambda: None,

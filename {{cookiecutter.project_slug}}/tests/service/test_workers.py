@@ -1,0 +1,88 @@
+"""Several workers, and workers that are replaced: the service does not notice."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.service.server import FAKES, Service, Start, publish
+
+SOURCE = (FAKES / "double.py").read_text(encoding="utf-8")
+
+
+def worker_pids(service: Service) -> list[int]:
+    """Of all workers that were ever started, in this order."""
+    events = [line["event"] for line in service.log_lines()]
+    return [int(event.rsplit(" ", 1)[1]) for event in events if "Booting worker" in event]
+
+
+def assert_answers(service: Service, requests: int = 50) -> None:
+    """On a connection each, so that every worker that listens gets some."""
+    for _ in range(requests):
+        answer = service.post_alone("/v1/predict", {"features": {"x": 1}})
+        assert answer.status_code == 200
+        assert answer.json()["prediction"] == {"y": 2}
+
+
+@pytest.fixture
+def start_slow(start: Start, tmp_path: Path, pipe: Path) -> Callable[..., Service]:
+    """Starts a service whose workers, once there is a file `slow`, load when `pipe` is written."""
+    slow = f"Path({str(tmp_path / 'slow')!r}).exists() and Path({str(pipe)!r}).read_text()"
+    folder = tmp_path / "predictors"
+    folder.mkdir()
+    source = SOURCE.replace("self.factor = ", f"{slow}; self.factor = ")
+    (folder / "double.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "double", factor_txt=b"2")
+
+    def start_slow(**settings: object) -> Service:
+        return start(PREDICTORS_DIR=folder, ARTIFACTS_DIR=tmp_path, **settings).wait_for("/ready")
+
+    return start_slow
+
+
+def test_the_metrics_are_those_of_all(start: Start) -> None:
+    service = start(WEB_CONCURRENCY=2).wait_for("/ready")
+    assert_answers(service, requests=20)
+    counted = 'http_requests_total{handler="/v1/predict",method="POST",status="200"} 20.0'
+    assert counted in service.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_that_ends_is_replaced_and_answers_nothing_before_it_has_loaded(
+    start_slow: Callable[..., Service], tmp_path: Path, pipe: Path, number: signal.Signals
+) -> None:
+    service = start_slow(WEB_CONCURRENCY=2)
+    (tmp_path / "slow").touch()
+    first, second = worker_pids(service)
+    os.kill(first, number)
+    # Opens when the replacement is loading.
+    with pipe.open("w"):
+        assert_answers(service)
+    service.wait_until(lambda: len(service.log_lines("model ready")) == 3)
+    os.kill(second, signal.SIGKILL)
+    # Only the replacement is left to answer.
+    with pipe.open("w"):
+        assert_answers(service)
+
+
+def test_a_replacement_that_cannot_load_leaves_the_others_alone(
+    start_slow: Callable[..., Service], tmp_path: Path
+) -> None:
+    service = start_slow(WEB_CONCURRENCY=2)
+    (tmp_path / "double" / "1" / "factor.txt").write_text("3")
+    os.kill(worker_pids(service)[0], signal.SIGKILL)
+    service.wait_until(
+        lambda: [line for line in service.log_lines() if line["level"] == "critical"]
+    )
+    assert_answers(service)
+    assert service.process.poll() is None
+
+
+def test_a_reload_brings_new_workers_and_loses_nothing(start: Start) -> None:
+    service = start().wait_for("/ready")
+    service.signal(signal.SIGHUP)
+    service.wait_until(lambda: service.log_lines("stopped"))
+    assert_answers(service, requests=10)
+    assert len(worker_pids(service)) == 2
