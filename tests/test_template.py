@@ -20,7 +20,18 @@ LAYERS = [
     {"lifecycle"},
     {"inference"},
     {"repository", "discovery"},
-    {"predictor", "artifacts", "onnx", "protocol", "metrics", "logs", "errors", "settings"},
+    {"batching"},
+    {
+        "predictor",
+        "artifacts",
+        "onnx",
+        "waiting",
+        "protocol",
+        "metrics",
+        "logs",
+        "errors",
+        "settings",
+    },
 ]
 """From the top down: a module imports from its own layer and from those below it."""
 

@@ -1,5 +1,6 @@
 """What can go wrong, and how it is said over HTTP: problem details, RFC 9457."""
 
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -89,8 +90,13 @@ class InvalidInput(ServiceError):
 
 
 class Overloaded(ServiceError):
+    """There is more to do than can be done in time; `retry_after` is in seconds."""
+
     status = HTTPStatus.TOO_MANY_REQUESTS
-    headers: Mapping[str, str] = {"Retry-After": "1"}
+
+    def __init__(self, detail: str, retry_after: float = 1) -> None:
+        super().__init__(detail)
+        self.headers = {"Retry-After": str(max(1, math.ceil(retry_after)))}
 
 
 class PredictionFailed(ServiceError):

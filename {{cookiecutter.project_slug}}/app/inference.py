@@ -1,12 +1,15 @@
 """The one path that every protocol takes to a prediction."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.errors import DeadlineExceeded
+from app.errors import DeadlineExceeded, PredictionFailed
 from app.predictor import BaseFeatures
 from app.repository import Outcome, ServedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,11 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], deadline: fl
     """
     try:
         async with asyncio.timeout_at(deadline):
-            outcomes = await model.predict(rows)
+            outcomes = await model.predict(rows, deadline)
     except TimeoutError:
         raise DeadlineExceeded(f"Model {model.name} did not answer in time.") from None
+    except PredictionFailed:
+        # Logged here, where the log knows which request it was.
+        log.exception("prediction failed", extra={"model": model.name})
+        raise
     return Answer(model.name, model.version or "", outcomes)

@@ -149,7 +149,9 @@ class Lifecycle:
 
     async def _run_test(self, model: ServedModel, test: ReadinessTest) -> None:
         try:
-            outcome = (await model.predict([model.predictor_class.example]))[0]
+            # It is only given up when the service stops: it is the time it takes that counts.
+            deadline = float("inf")
+            outcome = (await model.predict([model.predictor_class.example], deadline))[0]
             test.fault = outcome.reason if isinstance(outcome, ItemError) else None
         except ServiceError as error:
             test.fault = error.detail

@@ -59,6 +59,9 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     example: ClassVar[BaseFeatures]
     """A valid row. It serves the API docs, the warm-up, the readiness check and the tests."""
 
+    batch_max_rows: ClassVar[int | None] = None
+    """Most rows in one call of `predict`, where the setting BATCH_MAX_ROWS does not suit."""
+
     provider: Provider = "cpu"
     """What the model computes on; `load` sets it to "cuda" where that is so."""
 
@@ -79,6 +82,7 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     def predict(self, batch: list[FeaturesT]) -> Sequence[PredictionT | ItemError]:
         """Score `batch`; the answer has the same length and order.
 
-        An exception fails the request with status 500; an `ItemError` in place of a
-        prediction answers 422 and names the row.
+        The rows can be from several requests. An exception fails the request whose row causes
+        it with status 500, after the others were run again without it; an `ItemError` in place
+        of a prediction answers 422, names the row, and spares the others that.
         """

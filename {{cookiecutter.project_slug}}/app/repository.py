@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
@@ -12,17 +12,18 @@ from typing import Any
 
 from app import artifacts
 from app.artifacts import Artifact
+from app.batching import Collector, Limits
 from app.discovery import PredictorClass, discover
 from app.errors import (
     ModelNotFound,
     NotReady,
-    Overloaded,
     PredictionFailed,
     StartupError,
     on_one_line,
 )
 from app.predictor import BaseFeatures, BasePrediction, BasePredictor, ItemError, Provider
 from app.settings import Settings
+from app.waiting import FixedWindow, LearnedReturns
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class ServedModel:
         self._settings = settings
         self._predictor: BasePredictor[Any, Any] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
-        self._rows_accepted = 0
+        self._collector: Collector[BaseFeatures, Outcome] | None = None
 
     @property
     def version(self) -> str | None:
@@ -76,6 +77,7 @@ class ServedModel:
             self.state = State.FAILED
             raise
         self.artifact, self._predictor = artifact, predictor
+        self._collector = self._collect_for(predictor)
         self.state = State.READY
         log.info(
             "model ready",
@@ -139,49 +141,33 @@ class ServedModel:
                 ", ".join(sorted(trained ^ served)),
             )
 
-    async def predict(self, rows: Sequence[BaseFeatures]) -> Sequence[Outcome]:
-        """Run the model on its own thread.
-
-        A caller that is cancelled takes its rows out of the queue if they still wait there.
+    async def predict(self, rows: Sequence[BaseFeatures], deadline: float) -> list[Outcome]:
+        """The outcomes of `rows`, in order; they may share a batch with those of other callers.
 
         Raises:
-            NotReady: the model is not loaded.
-            Overloaded: more rows would wait than `queue_max_rows`.
-            PredictionFailed: the model raised, or broke its contract.
+            ServiceError: the model is not loaded, overloaded, late, or failed.
         """
-        if self._predictor is None:
+        if self._collector is None:
             raise NotReady(f"Model {self.name} is {self.state}.")
-        if self._rows_accepted and self._rows_accepted + len(rows) > self._settings.queue_max_rows:
-            raise Overloaded(f"Too many rows wait for model {self.name}; try again later.")
-        loop = asyncio.get_running_loop()
+        return await self._collector.submit(rows, deadline)
 
-        def release(_: Future[Sequence[Outcome]]) -> None:
-            # Called by the model's thread, which can outlive the loop at shutdown.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._release, len(rows))
+    def _collect_for(self, predictor: BasePredictor[Any, Any]) -> Collector[BaseFeatures, Outcome]:
+        async def run_batch(rows: list[BaseFeatures]) -> Sequence[Outcome]:
+            outcomes = await asyncio.wrap_future(self._thread.submit(run, predictor, rows))
+            self.last_success = asyncio.get_running_loop().time()
+            return outcomes
 
-        self._rows_accepted += len(rows)
-        batch = list(rows)
-        running = self._thread.submit(run, self._predictor, batch)
-        running.add_done_callback(release)
-        try:
-            outcomes = await asyncio.wrap_future(running)
-        except PredictionFailed:
-            log.exception("prediction failed", extra={"model": self.name})
-            raise
-        except asyncio.CancelledError:
-            # The executor keeps cancelled work until its turn comes; it need not keep the rows.
-            if running.cancelled():
-                batch.clear()
-            raise
-        self.last_success = loop.time()
-        return outcomes
-
-    def _release(self, rows: int) -> None:
-        self._rows_accepted -= rows
+        settings = self._settings
+        max_rows = predictor.batch_max_rows or settings.batch_max_rows
+        max_wait = settings.batch_max_wait_ms / 1000
+        is_learned = settings.batch_policy == "learned"
+        policy = LearnedReturns(max_rows) if is_learned else FixedWindow(max_wait)
+        return Collector(run_batch, Limits(max_rows, settings.queue_max_rows, max_wait), policy)
 
     def close(self) -> None:
-        """Drop what still waits. A prediction that runs cannot be stopped."""
+        """Fail what waits. A prediction that runs cannot be stopped."""
+        if self._collector:
+            self._collector.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 

@@ -71,6 +71,15 @@ class Settings(BaseSettings):
     max_instances: int = Field(default=1000, ge=1)
     """Most rows in one batch request."""
 
+    batch_max_rows: int = Field(default=32, ge=1)
+    """Most rows that a model is given at once; larger requests are split."""
+
+    batch_max_wait_ms: float = Field(default=10, ge=0, le=10_000)
+    """Longest that a row waits for others to share a batch with; 0: it never waits."""
+
+    batch_policy: Literal["learned", "window"] = "learned"
+    """`learned` waits only while it pays; `window` always waits BATCH_MAX_WAIT_MS."""
+
     queue_max_rows: int = Field(default=10_000, ge=1)
     """Most rows that wait for one model; beyond it requests are answered with 429."""
 
@@ -100,10 +109,18 @@ class Settings(BaseSettings):
                 raise ValueError("each key is given as its SHA-256, 64 hexadecimal digits")
         return digests
 
-    @field_validator("device", "log_level", "log_format", mode="before")
+    @field_validator("device", "batch_policy", "log_level", "log_format", mode="before")
     @classmethod
     def _ignore_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_queue(self) -> Self:
+        if self.queue_max_rows < self.max_instances:
+            raise ValueError(
+                "QUEUE_MAX_ROWS has to be at least MAX_INSTANCES, or a full request never fits"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_grace(self) -> Self:

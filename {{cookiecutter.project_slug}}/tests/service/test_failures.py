@@ -82,18 +82,60 @@ class TestSlowModel:
         assert not service.log_lines("prediction failed")
 
     def test_too_many_waiting_rows_are_429(self, start: Start, pipe: Path) -> None:
-        service = start(QUEUE_MAX_ROWS=3).wait_for("/ready")
-        batch = {"instances": [{"pipe": "/dev/null"}] * 3}
-        with ThreadPoolExecutor() as pool:
+        service = start(QUEUE_MAX_ROWS=3, MAX_INSTANCES=3).wait_for("/ready")
+        with ThreadPoolExecutor(max_workers=10) as pool:
             first = hold(service, pipe, pool, x=1)
             # Opens when the model has opened its side: it is at work.
             with pipe.open("w") as gate:
-                answer = service.client.post("/v1/models/gate/predict/batch", json=batch)
-                assert_problem(answer, 429)
-                assert int(answer.headers["retry-after"]) >= 1
+                others = [pool.submit(service.predict, "gate", pipe="/dev/null") for _ in range(8)]
+                service.wait_until(lambda: sum(other.done() for other in others) == 5)
                 gate.write("go")
             assert first.result().json()["prediction"] == {"x": 1, "said": "go"}
-        service.client.post("/v1/models/gate/predict/batch", json=batch).raise_for_status()
+            answers = [other.result() for other in others]
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert len(refused) == 5
+        for answer in refused:
+            assert_problem(answer, 429)
+            assert int(answer.headers["retry-after"]) >= 1
+
+
+class TestBatch:
+    def test_rows_of_several_requests_reach_the_model_together(
+        self, start: Start, tmp_path: Path
+    ) -> None:
+        source = (FAKES / "double.py").read_text(encoding="utf-8")
+        source = source.replace("[Prediction(y=self.factor * row.x)", "[Prediction(y=len(batch))")
+        (tmp_path / "double.py").write_text(source, encoding="utf-8")
+        service = start(
+            PREDICTORS_DIR=tmp_path,
+            BATCH_POLICY="window",
+            BATCH_MAX_WAIT_MS=10_000,
+            BATCH_MAX_ROWS=4,
+            REQUEST_TIMEOUT_S=20,
+        ).wait_for("/startup")
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            # Four of them make a full batch, which need not wait for the end of the window.
+            answers = list(pool.map(lambda x: service.predict("double", x=x), range(4)))
+        assert [answer.json()["prediction"]["y"] for answer in answers] == [4, 4, 4, 4]
+
+    def test_one_that_makes_the_batch_fail_fails_alone(self, start: Start) -> None:
+        service = start(
+            BATCH_POLICY="window", BATCH_MAX_WAIT_MS=10_000, BATCH_MAX_ROWS=8, REQUEST_TIMEOUT_S=20
+        ).wait_for("/startup")
+        faults = ["none", "none", "raise", "none", "short", "none", "none", "none"]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            answers = list(pool.map(lambda fault: service.predict("faulty", fault=fault), faults))
+        statuses = [answer.status_code for answer in answers]
+        assert statuses == [200, 200, 500, 200, 500, 200, 200, 200]
+        assert len(service.log_lines("prediction failed")) == 2
+
+    def test_a_request_larger_than_a_batch_is_split_and_answered_in_order(
+        self, start: Start
+    ) -> None:
+        service = start(BATCH_MAX_ROWS=3).wait_for("/ready")
+        rows = [{"x": number} for number in range(20)]
+        answer = service.client.post("/v1/predict/batch", json={"instances": rows})
+        assert [row["y"] for row in answer.json()["predictions"]] == [2 * n for n in range(20)]
 
 
 @pytest.fixture

@@ -1,0 +1,174 @@
+"""How long a batch that could run waits for more rows. Pure arithmetic; times are in seconds."""
+
+from typing import Protocol
+
+HORIZONS_S = tuple(0.1e-3 * 2 ** (step / 2) for step in range(15))
+"""Spans after a moment in which arrivals are counted: 0.1 to 12.8 ms, by factors of root 2."""
+
+MEMORY = 0.8
+"""Weight of what was learned before against what was just seen."""
+
+BACKGROUND_MARGIN = 1.3
+"""Arrivals up to this multiple of the average rate are no reason to wait for more."""
+
+RATE_SPAN_S = 0.05
+"""The average rate of arrivals is renewed this often."""
+
+STREAM_GAPS = 3
+"""While rows come one after the other, the next is due within so many of their gaps."""
+
+
+class BatchCost:
+    """What a batch of n rows takes, learned as `fixed + per_row * n` from the batches that ran.
+
+    Least squares in which a batch counts `MEMORY` times as much as the one after it.
+    """
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = 0.0
+        self._rows_squared = self._rows_seconds = 0.0
+        self._fixed = self._per_row = 0.0
+
+    def ran(self, rows: int, seconds: float) -> None:
+        self._weight = MEMORY * self._weight + 1
+        self._rows = MEMORY * self._rows + rows
+        self._seconds = MEMORY * self._seconds + seconds
+        self._rows_squared = MEMORY * self._rows_squared + rows * rows
+        self._rows_seconds = MEMORY * self._rows_seconds + rows * seconds
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        variance = self._rows_squared / self._weight - mean_rows**2
+        covariance = self._rows_seconds / self._weight - mean_rows * mean_seconds
+        slope = covariance / variance if variance > 1e-9 else 0.0
+        # Neither part of a real cost is negative.
+        self._per_row = min(max(slope, 0.0), mean_seconds / mean_rows)
+        self._fixed = mean_seconds - self._per_row * mean_rows
+
+    def __call__(self, rows: int) -> float:
+        return self._fixed + self._per_row * rows
+
+
+class WaitPolicy(Protocol):
+    """Told of what happens, and asked when a forming batch should run."""
+
+    def arrived(self, now: float, rows: int) -> None:
+        """Rows were queued."""
+
+    def answered(self, now: float, rows: int) -> None:
+        """A batch of `rows` was answered, so its callers may come back."""
+
+    def found_idle(self, now: float) -> None:
+        """Rows are about to be queued, and nothing runs or waits."""
+
+    def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
+        """When to run the `rows` that wait since `oldest`: at once unless that is after `now`."""
+
+
+class FixedWindow:
+    """Waits until the oldest row has waited for `window` seconds."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+
+    def arrived(self, now: float, rows: int) -> None:
+        pass
+
+    def answered(self, now: float, rows: int) -> None:
+        pass
+
+    def found_idle(self, now: float) -> None:
+        pass
+
+    def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
+        return oldest + self._window
+
+
+class LearnedReturns:
+    """Waits for the rows that usually come after such a moment, while that pays.
+
+    Callers that wait for an answer before they ask again come back soon after a batch was
+    answered; a batch that starts without them makes them wait for all of it. So per kind of
+    moment (a batch was answered; a row found the model idle) this keeps a decayed average of
+    the rows that come within each horizon: as a share of the rows answered, or as a number.
+    What exceeds the average rate, as in Poisson arrivals nothing does, is worth waiting for if
+    the batch that each such row is spared outweighs the delay of the rows that wait. A batch
+    runs the moment that all that were expected are there.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._expected = {"answered": [0.0] * len(HORIZONS_S), "idle": [0.0] * len(HORIZONS_S)}
+        self._kind = ""
+        self._since = 0.0
+        self._size = 1
+        self._came = 0
+        self._first = self._last = 0.0
+        self._came_within: list[int] = []
+        """Rows that came within each horizon that is over."""
+
+        self._rate = 0.0
+        self._rate_rows = 0
+        self._rate_since = 0.0
+
+    def arrived(self, now: float, rows: int) -> None:
+        self._close_horizons(now)
+        if not self._came:
+            self._first = now
+        self._last = now
+        self._came += rows
+        self._rate_rows += rows
+        if now - self._rate_since >= RATE_SPAN_S:
+            self._rate = (self._rate + self._rate_rows / (now - self._rate_since)) / 2
+            self._rate_rows, self._rate_since = 0, now
+
+    def answered(self, now: float, rows: int) -> None:
+        self._begin(now, "answered", rows)
+
+    def found_idle(self, now: float) -> None:
+        # The first to come back from an answer finds the model idle, too.
+        if self._kind != "answered" or now - self._since > HORIZONS_S[-1]:
+            self._begin(now, "idle", 1)
+
+    def _begin(self, now: float, kind: str, size: int) -> None:
+        if self._kind:
+            self._learn(now)
+        self._kind, self._since, self._size = kind, now, size
+        self._came, self._came_within = 0, []
+
+    def _close_horizons(self, now: float) -> None:
+        passed = now - self._since
+        while len(self._came_within) < len(HORIZONS_S):
+            if passed <= HORIZONS_S[len(self._came_within)]:
+                return
+            self._came_within.append(self._came)
+
+    def _learn(self, now: float) -> None:
+        self._close_horizons(now)
+        expected = self._expected[self._kind]
+        for index, came in enumerate(self._came_within):
+            # No more can come back than were answered.
+            seen = min(came, self._size) if self._kind == "answered" else came
+            expected[index] = MEMORY * expected[index] + (1 - MEMORY) * seen / self._size
+
+    def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
+        room = self._max_rows - rows
+        batch_s = cost(rows)
+        if not self._kind or room <= 0 or batch_s < HORIZONS_S[0]:
+            return now
+        passed = now - self._since
+        best = wait = most = 0.0
+        for horizon, share in zip(HORIZONS_S, self._expected[self._kind], strict=True):
+            expected = share * self._size
+            excess = expected - BACKGROUND_MARGIN * self._rate * horizon
+            coming = min(expected - self._came, excess, room)
+            most = max(most, coming)
+            left = horizon - passed
+            if left <= 0 or coming < 0.5:
+                continue
+            gain = coming * (batch_s + cost(0)) / 2 - rows * left
+            if gain > best:
+                best, wait = gain, left
+        if most >= 0.5 and self._came > 1:
+            gap = STREAM_GAPS * (self._last - self._first) / (self._came - 1)
+            if rows * gap < batch_s:
+                wait = max(wait, self._last + gap - now)
+        return now + wait

@@ -1,0 +1,400 @@
+"""The collector, on a clock that jumps and with a model that is held: who shares a batch, when."""
+
+import asyncio
+import random
+import selectors
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+
+from app.batching import MAX_RERUNS, Collector, Limits
+from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.waiting import FixedWindow, LearnedReturns, WaitPolicy
+
+FAR = 1e6
+
+
+class JumpingSelector(selectors.SelectSelector):
+    """Instead of waiting for a time to come, moves the clock there."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "everything waits for ever"
+            self.now += timeout
+        return ready
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    """Run on a loop whose clock moves only when there is nothing to do."""
+    selector = JumpingSelector()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    try:
+        loop.run_until_complete(asyncio.wait_for(test, FAR / 2))
+    finally:
+        loop.close()
+
+
+class Model:
+    """Takes `seconds` for a batch, or until `gate` is set; fails where a row is "poison"."""
+
+    def __init__(self, fixed: float = 1.0, per_row: float = 0.0) -> None:
+        self.batches: list[list[Any]] = []
+        self.running = 0
+        self.most_running = 0
+        self._fixed, self._per_row = fixed, per_row
+
+    async def __call__(self, rows: list[Any]) -> Sequence[Any]:
+        self.batches.append(rows)
+        self.running += 1
+        self.most_running = max(self.running, self.most_running)
+        try:
+            await asyncio.sleep(self._fixed + self._per_row * len(rows))
+        finally:
+            self.running -= 1
+        if "poison" in rows:
+            raise PredictionFailed("poisoned")
+        return [f"{row}!" for row in rows]
+
+
+def collector(model: Callable[[list[Any]], Awaitable[Sequence[Any]]], **limits: Any) -> Any:
+    policy: WaitPolicy = limits.pop("policy", FixedWindow(0))
+    defaults = {"max_rows": 4, "queue_max_rows": 1000, "max_wait": 100.0}
+    return Collector[Any, Any](model, Limits(**(defaults | limits)), policy)
+
+
+def submit(collector: Any, *rows: Any, **options: Any) -> "asyncio.Task[list[Any]]":
+    options = {"deadline": FAR} | options
+    deadline = options.pop("deadline")
+    return asyncio.create_task(collector.submit(list(rows), deadline, **options))
+
+
+async def settle() -> None:
+    """Let everything happen that needs no time."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+class TestBinding:
+    def test_an_idle_model_is_asked_at_once(self) -> None:
+        async def test() -> None:
+            model = Model()
+            request = submit(collector(model), "a")
+            assert await request == ["a!"]
+            assert asyncio.get_running_loop().time() == 1
+
+        run(test())
+
+    def test_what_comes_while_it_runs_shares_the_next_batch(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            requests = [submit(collecting, "a")]
+            await settle()
+            requests += [submit(collecting, row) for row in "bcdef"]
+            answers = await asyncio.gather(*requests)
+            assert answers == [["a!"], ["b!"], ["c!"], ["d!"], ["e!"], ["f!"]]
+            assert model.batches == [["a"], ["b", "c", "d", "e"], ["f"]]
+
+        run(test())
+
+    def test_a_request_keeps_its_place_and_its_order_when_it_is_split(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            large = submit(collecting, *range(9))
+            small = submit(collecting, "b")
+            assert await large == [f"{number}!" for number in range(9)]
+            assert await small == ["b!"]
+            assert model.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, "b"]]
+
+        run(test())
+
+    def test_slots_run_side_by_side_and_rows_stay_in_order(self) -> None:
+        async def test() -> None:
+            chance = random.Random(1)
+
+            async def uneven(rows: list[Any]) -> Sequence[Any]:
+                await asyncio.sleep(chance.random())
+                return rows
+
+            collecting = collector(uneven, slots=3)
+            assert await submit(collecting, *range(50)) == list(range(50))
+            model = Model()
+            await asyncio.gather(*(submit(collector(model, slots=2), *range(8)) for _ in "a"))
+            assert model.most_running == 2
+
+        run(test())
+
+    def test_only_equal_shapes_share_a_batch_and_none_starves(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            first = submit(collecting, "x")
+            await settle()
+            odd = submit(collecting, "odd", shape_key="odd")
+            others = [submit(collecting, f"e{number}", shape_key="even") for number in range(9)]
+            await asyncio.gather(first, odd, *others)
+            assert model.batches[1] == ["odd"]
+            assert [len(batch) for batch in model.batches] == [1, 1, 4, 4, 1]
+
+        run(test())
+
+    def test_a_smaller_priority_goes_first_and_the_others_fill_up(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            first = submit(collecting, "x")
+            await settle()
+            low = [submit(collecting, f"low{number}", priority=5) for number in range(4)]
+            high = submit(collecting, "high", priority=1)
+            await asyncio.gather(first, high, *low)
+            assert model.batches[1] == ["high", "low0", "low1", "low2"]
+
+        run(test())
+
+
+class TestLeaving:
+    def test_who_leaves_the_queue_never_reaches_the_model(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            requests = [submit(collecting, row) for row in "abc"]
+            await settle()
+            left, stays = submit(collecting, "left"), submit(collecting, "stays")
+            await settle()
+            left.cancel()
+            await settle()
+            assert collecting.rows_waiting == 1
+            assert await stays == ["stays!"]
+            assert model.batches == [["a", "b", "c"], ["stays"]]
+            await asyncio.gather(*requests)
+
+        run(test())
+
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_who_leaves_a_batch_touches_nobody_else(self, number: int) -> None:
+        async def test() -> None:
+            requests = [submit(collecting := collector(Model()), "a")]
+            requests += [submit(collecting, row) for row in "bc"]
+            await settle()
+            requests[number].cancel()
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert isinstance(answers.pop(number), asyncio.CancelledError)
+            expected = [["a!"], ["b!"], ["c!"]]
+            assert answers == [*expected[:number], *expected[number + 1 :]]
+            assert collecting.is_idle
+
+        run(test())
+
+    def test_when_all_leave_the_next_is_served(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model())
+            requests = [submit(collecting, row) for row in "abc"]
+            await settle()
+            for request in requests:
+                request.cancel()
+            assert await submit(collecting, "d") == ["d!"]
+
+        run(test())
+
+    def test_leaving_in_the_turn_of_the_answer_is_no_error(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model())
+            request = submit(collecting, "a")
+            asyncio.get_running_loop().call_at(1, request.cancel)
+            await asyncio.wait([request])
+            assert await submit(collecting, "b") == ["b!"]
+
+        run(test())
+
+
+class TestFailing:
+    @pytest.mark.parametrize("poison", [{0}, {3}, {7}, {2, 5}, {0, 1, 2}])
+    def test_only_the_requests_at_fault_fail(self, poison: set[int]) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=8)
+            rows = ["poison" if number in poison else number for number in range(8)]
+            requests = [submit(collecting, row) for row in rows]
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            for number, answer in enumerate(answers):
+                if number in poison:
+                    assert isinstance(answer, PredictionFailed)
+                else:
+                    assert answer == [f"{number}!"]
+            errors = [id(answer) for answer in answers if isinstance(answer, Exception)]
+            assert len(set(errors)) == len(poison), "an exception object is shared"
+            assert len(model.batches) <= 1 + MAX_RERUNS
+
+        run(test())
+
+    def test_the_search_for_the_fault_is_bounded(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=200, queue_max_rows=200)
+            requests = [submit(collecting, "poison") for _ in range(200)]
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert all(isinstance(answer, PredictionFailed) for answer in answers)
+            assert len(model.batches) <= 1 + MAX_RERUNS
+
+        run(test())
+
+    def test_a_fault_of_any_other_kind_leaves_nobody_waiting(self) -> None:
+        async def test() -> None:
+            async def broken(rows: list[Any]) -> Sequence[Any]:
+                raise ZeroDivisionError(rows)
+
+            collecting = collector(broken)
+            for _ in range(2):
+                with pytest.raises(PredictionFailed):
+                    await submit(collecting, "a")
+
+        run(test())
+
+
+class TestOverload:
+    def test_a_full_queue_refuses_and_says_when_to_come_back(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=10), queue_max_rows=8)
+            await submit(collecting, "a")
+            requests = [submit(collecting, "a")]
+            await settle()
+            requests += [submit(collecting, *"bcde") for _ in range(2)]
+            await settle()
+            with pytest.raises(Overloaded) as caught:
+                await collecting.submit(["f"], FAR)
+            # One batch runs and two wait, of ten seconds each.
+            assert caught.value.headers == {"Retry-After": "30"}
+            await asyncio.gather(*requests)
+
+        run(test())
+
+    def test_who_could_not_be_served_in_time_is_refused_at_once(self) -> None:
+        async def test() -> None:
+            loop = asyncio.get_running_loop()
+            collecting = collector(Model(fixed=10))
+            await submit(collecting, "a")
+            requests = [submit(collecting, "a")]
+            await settle()
+            with pytest.raises(Overloaded):
+                await collecting.submit(["b"], loop.time() + 5)
+            requests.append(submit(collecting, "c", deadline=loop.time() + 15))
+            await asyncio.gather(*requests)
+
+        run(test())
+
+    def test_what_expires_in_the_queue_never_reaches_the_model(self) -> None:
+        async def test() -> None:
+            model = Model(fixed=10)
+            collecting = collector(model)
+            first = submit(collecting, "a")
+            await settle()
+            # Nothing is known yet of what a batch takes, so it is let in.
+            with pytest.raises(DeadlineExceeded):
+                await submit(collecting, "b", deadline=5.0)
+            await first
+            assert model.batches == [["a"]]
+
+        run(test())
+
+    def test_a_deadline_cuts_the_wait_short(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(), policy=FixedWindow(50))
+            assert await submit(collecting, "a", deadline=60.0) == ["a!"]
+            began = asyncio.get_running_loop().time()
+            assert await submit(collecting, "b", deadline=began + 20.0) == ["b!"]
+            assert asyncio.get_running_loop().time() < began + 20
+
+        run(test())
+
+
+class TestStopping:
+    def test_draining_answers_what_was_taken_and_takes_no_more(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model())
+            requests = [submit(collecting, row) for row in "abcdef"]
+            await settle()
+            collecting.drain()
+            with pytest.raises(NotReady):
+                await collecting.submit(["g"], FAR)
+            assert len(await asyncio.gather(*requests)) == 6
+
+        run(test())
+
+    def test_closing_leaves_nobody_waiting(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=FAR))
+            requests = [submit(collecting, row) for row in "abcdef"]
+            await settle()
+            collecting.close()
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert all(isinstance(answer, NotReady) for answer in answers)
+
+        run(test())
+
+
+class TestWaiting:
+    """What the learned wait is worth, on a model of 11 ms and 0.1 ms for each row."""
+
+    @staticmethod
+    async def closed_loop(clients: int, policy: WaitPolicy) -> tuple[float, int]:
+        """Answers a second, and the most batches that one answer took, of the second half."""
+        loop = asyncio.get_running_loop()
+        model = Model(fixed=0.011, per_row=0.0001)
+        collecting = collector(model, max_rows=32, policy=policy)
+        chance = random.Random(1)
+        start = loop.time()
+        answered = most = 0
+
+        async def client() -> None:
+            nonlocal answered, most
+            while loop.time() < start + 20:
+                await asyncio.sleep(chance.uniform(0.0001, 0.001))
+                began = loop.time()
+                await collecting.submit(["x"], FAR)
+                if began > start + 10:
+                    answered += 1
+                    most = max(most, round((loop.time() - began) / 0.0111))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return answered / 10, most
+
+    @pytest.mark.parametrize(("clients", "better"), [(1, 1.0), (2, 1.5), (8, 1.5), (32, 1.3)])
+    def test_it_gathers_callers_that_come_back(self, clients: int, better: float) -> None:
+        async def test() -> None:
+            never, _ = await self.closed_loop(clients, FixedWindow(0))
+            learned, most = await self.closed_loop(clients, LearnedReturns(32))
+            assert learned >= 0.99 * better * never
+            assert most == 1, "somebody had to wait for a batch that began without them"
+
+        run(test())
+
+    def test_it_does_not_wait_for_who_comes_by_chance(self) -> None:
+        async def latencies(policy: WaitPolicy) -> list[float]:
+            loop = asyncio.get_running_loop()
+            collecting = collector(Model(fixed=0.011, per_row=0.0001), max_rows=32, policy=policy)
+            chance = random.Random(2)
+            began, taken, tasks = loop.time(), [], []
+
+            async def client() -> None:
+                at = loop.time()
+                await collecting.submit(["x"], FAR)
+                taken.append(loop.time() - at)
+
+            while loop.time() < began + 20:
+                await asyncio.sleep(chance.expovariate(500))
+                tasks.append(asyncio.create_task(client()))
+            await asyncio.gather(*tasks)
+            return sorted(taken)
+
+        async def test() -> None:
+            never = await latencies(FixedWindow(0))
+            learned = await latencies(LearnedReturns(32))
+            assert sum(learned) / len(learned) < 1.05 * sum(never) / len(never)
+
+        run(test())
