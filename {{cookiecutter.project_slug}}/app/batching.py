@@ -36,7 +36,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one collector. `max_wait` bounds what a wait policy asks for, per request."""
+    """Of one collector. `max_wait` bounds what a wait policy asks for, once a slot is free."""
 
     max_rows: int
     queue_max_rows: int
@@ -103,6 +103,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self._batches: set[asyncio.Task[None]] = set()
         self._wake: asyncio.Handle | None = None
         self._count = 0
+        self._free_since = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -180,7 +181,9 @@ class Collector(Generic[RowT, OutcomeT]):
         now = loop.time()
         oldest = min(next(iter(queue)).queued for queue in self._queues.values())
         fire_at = self._policy.fire_at(now, self.rows_waiting, oldest, self.cost)
-        fire_at = min(fire_at, oldest + self.limits.max_wait, self._nearest_deadline(now))
+        # To wait for a model that is busy is not to wait for other rows.
+        forming_since = max(oldest, self._free_since)
+        fire_at = min(fire_at, forming_since + self.limits.max_wait, self._nearest_deadline(now))
         if self.rows_waiting >= self.limits.max_rows or fire_at <= now:
             # In the next turn of the loop: what arrives in this one can still join.
             self._wake = loop.call_soon(self._start_batch)
@@ -238,8 +241,8 @@ class Collector(Generic[RowT, OutcomeT]):
             for part in parts:
                 _fail(part.request, PredictionFailed("The batch could not be run."))
         finally:
-            rows = sum(len(part.rows) for part in parts)
-            self._policy.answered(asyncio.get_running_loop().time(), rows)
+            self._free_since = asyncio.get_running_loop().time()
+            self._policy.answered(self._free_since, sum(len(part.rows) for part in parts))
             # The slot is free before the next batch is bound.
             task = asyncio.current_task()
             if task:

@@ -346,7 +346,7 @@ class TestWaiting:
         """Answers a second, and the most batches that one answer took, of the second half."""
         loop = asyncio.get_running_loop()
         model = Model(fixed=0.011, per_row=0.0001)
-        collecting = collector(model, max_rows=32, policy=policy)
+        collecting = collector(model, max_rows=32, max_wait=0.01, policy=policy)
         chance = random.Random(1)
         start = loop.time()
         answered = most = 0
