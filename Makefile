@@ -12,6 +12,7 @@ COMPILE := uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 # or else it would be in every project that is made from this folder.
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 export RUFF_CACHE_DIR := $(CURDIR)/build/ruff
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/build/hypothesis
 export MYPY_CACHE_DIR := $(CURDIR)/build/mypy
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -43,7 +43,7 @@ def keep_requirements(kind: str) -> None:
 
 def drop_caches() -> None:
     """What tools have left in a template that is baked from a folder in use."""
-    for pattern in ("__pycache__", ".*_cache"):
+    for pattern in ("__pycache__", ".*_cache", ".hypothesis"):
         for path in list(Path().rglob(pattern)):
             shutil.rmtree(path)
 

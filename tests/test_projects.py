@@ -62,6 +62,7 @@ FILES = [
     "tests/service/test_api.py",
     "tests/service/test_artifacts.py",
     "tests/service/test_batching.py",
+    "tests/service/test_batching_machine.py",
     "tests/service/test_failures.py",
     "tests/service/test_requests.py",
     "tests/service/test_requirements.py",

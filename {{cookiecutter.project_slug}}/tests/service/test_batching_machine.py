@@ -1,0 +1,147 @@
+"""The collector under whatever may happen, in any order: everyone is answered once, and rightly."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from app.batching import Collector, Limits
+from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.waiting import FixedWindow, LearnedReturns
+from tests.service.test_batching import JumpingSelector
+
+MAX_ROWS = 4
+QUEUE_MAX_ROWS = 30
+
+
+class Callers(RuleBasedStateMachine):
+    """Callers come, leave and wait; the model takes its time and chokes on some of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.selector = JumpingSelector()
+        self.loop = asyncio.SelectorEventLoop(self.selector)
+        self.loop.time = lambda: self.selector.now  # type: ignore[method-assign]
+        self.seconds = 1.0
+        self.next_row = 0
+        self.poison: set[int] = set()
+        self.seen: set[int] = set()
+        self.gone: set[int] = set()
+        """Rows whose caller left while they were in the queue."""
+
+        self.deadlines: dict[int, float] = {}
+
+        self.calls: dict[asyncio.Task[list[int]], list[int]] = {}
+        self.collector = self._collector(learned=True, slots=1)
+
+    def _collector(self, *, learned: bool, slots: int) -> Collector[int, int]:
+        policy = LearnedReturns(MAX_ROWS) if learned else FixedWindow(0.5)
+        limits = Limits(MAX_ROWS, QUEUE_MAX_ROWS, max_wait=2.0, slots=slots)
+        return Collector(self.model, limits, policy)
+
+    async def model(self, rows: list[int]) -> Sequence[int]:
+        assert 1 <= len(rows) <= MAX_ROWS
+        assert not self.gone & set(rows), "the model was given rows that nobody waits for"
+        for row in set(rows) - self.seen:
+            assert self.loop.time() < self.deadlines[row], "the model was given what is too late"
+        self.seen |= set(rows)
+        await asyncio.sleep(self.seconds)
+        if self.poison & set(rows):
+            raise PredictionFailed("poisoned")
+        return [-row for row in rows]
+
+    def turn(self, seconds: float = 0) -> None:
+        """Let the loop run for a while of its own time."""
+
+        async def wait() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await asyncio.sleep(seconds)
+
+        self.loop.run_until_complete(wait())
+
+    @rule(learned=st.booleans(), slots=st.integers(1, 3))
+    def reload(self, learned: bool, slots: int) -> None:
+        """Another version takes over; the old one answers what it has taken."""
+        self.collector.drain()
+        self.collector = self._collector(learned=learned, slots=slots)
+
+    @rule(seconds=st.sampled_from([0.001, 0.1, 1.0, 5.0]))
+    def change_speed(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    @rule(
+        count=st.integers(1, 10),
+        poisoned=st.integers(0, 9),
+        patience=st.sampled_from([0.05, 1.0, 3.0, 1000.0]),
+        gives_up=st.booleans(),
+        group=st.tuples(st.integers(0, 1), st.sampled_from("ab")),
+    )
+    def come(
+        self, count: int, poisoned: int, patience: float, gives_up: bool, group: tuple[int, str]
+    ) -> None:
+        rows = list(range(self.next_row, self.next_row + count))
+        self.next_row += count
+        if poisoned == 0:
+            self.poison.add(rows[-1])
+
+        deadline = self.loop.time() + patience
+        self.deadlines |= dict.fromkeys(rows, deadline)
+        priority, shape = group
+
+        async def call(collector: Collector[int, int]) -> list[int]:
+            try:
+                async with asyncio.timeout_at(deadline if gives_up else None):
+                    return await collector.submit(
+                        rows, deadline, priority=priority, shape_key=shape
+                    )
+            finally:
+                self.gone |= set(rows) - self.seen
+
+        self.calls[self.loop.create_task(call(self.collector))] = rows
+        self.turn()
+
+    @rule(data=st.data())
+    def leave(self, data: Any) -> None:
+        waiting = [call for call in self.calls if not call.done()]
+        if waiting:
+            data.draw(st.sampled_from(waiting), label="who").cancel()
+            self.turn()
+
+    @rule(seconds=st.sampled_from([0.01, 0.5, 2.0, 20.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.turn(seconds)
+
+    @invariant()
+    def the_queue_is_counted_and_bounded(self) -> None:
+        queued = [request for queue in self.collector._queues.values() for request in queue]
+        rows = sum(request.waiting for request in queued)
+        assert self.collector.rows_waiting == rows <= QUEUE_MAX_ROWS
+        assert not [request for request in queued if request.future.done()]
+
+    def teardown(self) -> None:
+        self.turn(1e5)
+        for call, rows in self.calls.items():
+            assert call.done(), f"nobody answered {rows}"
+            if call.cancelled():
+                continue
+            error = call.exception()
+            if error is None:
+                assert call.result() == [-row for row in rows]
+                assert not self.poison & set(rows)
+            elif isinstance(error, PredictionFailed):
+                assert self.poison & set(rows), f"{rows} failed for another's fault"
+            else:
+                assert isinstance(error, (TimeoutError, DeadlineExceeded, NotReady, Overloaded))
+        assert self.collector.is_idle
+        assert not self.collector._accepted
+        self.loop.close()
+
+
+TestCallers = Callers.TestCase
+TestCallers.settings = settings(
+    max_examples=150, stateful_step_count=30, deadline=None, database=None
+)
