@@ -35,7 +35,7 @@ demo: $(DEMO)/installed  ## Make the default project, train, serve and ask it; s
 	@PORT=$(PORT) $(DEMO)/bin/python scripts/demo.py
 
 .PHONY: test
-test: lint test-in-place test-generator  ## Everything: lint, types, the template in place, what it makes
+test: lint test-samples test-generator  ## Everything: lint, types, the samples side by side, what is made
 
 .PHONY: lint
 lint: $(DEV)/installed  ## Style, formatting and types, of the generator and of the template
@@ -44,12 +44,15 @@ lint: $(DEV)/installed  ## Style, formatting and types, of the generator and of 
 	$(DEV)/bin/mypy
 	cd '$(TEMPLATE)' && ../$(DEV)/bin/mypy
 
-.PHONY: test-in-place
-test-in-place: $(DEV)/installed  ## The tests of the template, where they stand, with all its samples
+# The tests of the service itself run in each project that `test-generator` makes; while one works
+# on them, `make test-in-place` is quicker.
+.PHONY: test-samples test-in-place
+test-samples: TESTS := tests/test_*.py
+test-samples test-in-place: $(DEV)/installed
 	rm -rf build/artifacts
 	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts ../$(DEV)/bin/python -m app.train
 	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts DEFAULT_MODEL=fraud \
-		../$(DEV)/bin/python -m pytest -p no:cacheprovider -W error
+		../$(DEV)/bin/python -m pytest -p no:cacheprovider -W error $(TESTS)
 
 .PHONY: test-generator
 test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo

@@ -223,11 +223,11 @@ class Collector(Generic[RowT, OutcomeT]):
                 _fail(request, DeadlineExceeded("The request waited too long for the model."))
                 continue
             shape_key = group[1]
-            part = _Part(request, request.bound, request.rows[request.bound :][:room])
-            parts.append(part)
-            request.bound += len(part.rows)
-            self.rows_waiting -= len(part.rows)
-            room -= len(part.rows)
+            rows = request.rows[request.bound : request.bound + room]
+            parts.append(_Part(request, request.bound, rows))
+            request.bound += len(rows)
+            self.rows_waiting -= len(rows)
+            room -= len(rows)
             if not request.waiting:
                 self._leave_queue(request)
         return parts
