@@ -20,8 +20,10 @@ LAYERS = [
     {"lifecycle"},
     {"inference"},
     {"repository", "discovery"},
-    {"batching"},
+    {"batching", "runner"},
     {
+        "deadlines",
+        "faults",
         "predictor",
         "artifacts",
         "onnx",

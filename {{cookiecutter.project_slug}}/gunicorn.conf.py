@@ -8,12 +8,12 @@ from typing import Any
 
 from app.logs import logging_config
 from app.settings import load_settings
-from app.worker import Worker, refuse_new_connections
 
 settings = load_settings()
 
 wsgi_app = "app.main:create_app()"
-worker_class = Worker
+# By its name: what it imports must not be imported before the directory below is set.
+worker_class = "app.worker.Worker"
 host = f"[{settings.bind_address}]" if ":" in settings.bind_address else settings.bind_address
 bind = f"{host}:{settings.port}"
 workers = settings.web_concurrency
@@ -37,6 +37,8 @@ worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 def on_starting(server: Any) -> None:
     """Let a stop of the whole service refuse connections before it closes the socket."""
+    from app.worker import refuse_new_connections
+
     stop = server.stop
 
     def refuse_and_stop(graceful: bool = True) -> None:

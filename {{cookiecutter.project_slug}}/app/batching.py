@@ -9,13 +9,25 @@ the loop's clock, sizes in rows.
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
+from itertools import chain
+from time import monotonic
 from typing import Generic, TypeVar
 
-from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.deadlines import Deadlines
+from app.errors import (
+    DeadlineExceeded,
+    NotReady,
+    OutOfMemory,
+    Overloaded,
+    PredictionFailed,
+    ServiceError,
+)
+from app.metrics import ModelMetrics, RejectReason
 from app.waiting import BatchCost, WaitPolicy
 
 log = logging.getLogger(__name__)
@@ -34,7 +46,7 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Limits:
     """Of one collector. `max_wait` bounds what a wait policy asks for, once a slot is free."""
 
@@ -42,6 +54,18 @@ class Limits:
     queue_max_rows: int
     max_wait: float
     slots: int = 1
+    allowed_sizes: Sequence[int] = ()
+    """Where not empty: what a batch is padded to, smallest first; `max_rows` is one of them."""
+
+    def padded(self, rows: int) -> int:
+        """The number of rows that the model is given for `rows`."""
+        return next((size for size in self.allowed_sizes if size >= rows), rows)
+
+    def smaller(self, rows: int) -> int:
+        """The most rows to try after `rows` were too many: half, if allowed; 0: none are."""
+        if not self.allowed_sizes:
+            return rows // 2
+        return max((size for size in self.allowed_sizes if size < self.padded(rows)), default=0)
 
 
 @dataclass(eq=False, slots=True)
@@ -61,8 +85,9 @@ class _Request(Generic[RowT, OutcomeT]):
     bound: int = 0
     """Rows that are in a batch, or were."""
 
-    outcomes: dict[int, OutcomeT] = field(default_factory=dict)
-    """By the number of the row; batches may end in another order than they began."""
+    answered: int = 0
+    outcomes: dict[int, Sequence[OutcomeT]] = field(default_factory=dict)
+    """By the number of their first row; batches may end in another order than they began."""
 
     @property
     def waiting(self) -> int:
@@ -78,19 +103,34 @@ class _Part(Generic[RowT, OutcomeT]):
     rows: Sequence[RowT]
 
 
+_Parts = list[_Part[RowT, OutcomeT]]
+
+
+@dataclass(eq=False, slots=True)
+class _Batch(Generic[RowT, OutcomeT]):
+    """What holds a slot: the parts that were bound together, and those of them still to be run."""
+
+    parts: _Parts[RowT, OutcomeT]
+    to_run: list[_Parts[RowT, OutcomeT]]
+    reruns: int = 0
+    was_too_large: bool = False
+
+
 class Collector(Generic[RowT, OutcomeT]):
     """Runs `run` on batches of at most `limits.max_rows`, in `limits.slots` batches at a time.
 
-    `run` gets a list of rows and gives one outcome for each, in order; it raises
-    PredictionFailed if it cannot. Each accepted request is answered exactly once: with its
-    outcomes, or with an error that no other request shares.
+    `run` gets a list of rows and gives a future, which may be done already: of one outcome for
+    each row, in order, or of the error PredictionFailed. Each accepted request is answered
+    exactly once: with its outcomes, or with an error that no other request shares.
     """
 
     def __init__(
         self,
-        run: Callable[[list[RowT]], Awaitable[Sequence[OutcomeT]]],
+        run: Callable[[list[RowT]], asyncio.Future[Sequence[OutcomeT]]],
         limits: Limits,
         policy: WaitPolicy,
+        metrics: ModelMetrics,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self.state = State.ACCEPTING
         self.limits = limits
@@ -98,10 +138,20 @@ class Collector(Generic[RowT, OutcomeT]):
         self.cost = BatchCost()
         self._run = run
         self._policy = policy
+        self._metrics = metrics
+        # Not the loop's time: uvloop's stands still within a turn, and counts milliseconds.
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._context = Context()
+        """For what is not done on behalf of the request that happened to come last."""
+
         self._queues: dict[tuple[int, Hashable], OrderedDict[_Request[RowT, OutcomeT], None]] = {}
-        self._accepted: set[_Request[RowT, OutcomeT]] = set()
-        self._batches: set[asyncio.Task[None]] = set()
+        self._accepted: Deadlines[_Request[RowT, OutcomeT]] = Deadlines(self._expire, clock)
+        self._batches: set[_Batch[RowT, OutcomeT]] = set()
         self._wake: asyncio.Handle | None = None
+        self._is_due = False
+        """Whether `_wake` is for the next turn of the loop."""
+
         self._count = 0
         self._free_since = 0.0
 
@@ -113,6 +163,29 @@ class Collector(Generic[RowT, OutcomeT]):
         """How long a request that came now would wait until its batch begins, at the least."""
         batches = len(self._batches) + self.rows_waiting // self.limits.max_rows
         return (batches // self.limits.slots) * self.cost(self.limits.max_rows)
+
+    def admit(self, rows: int, deadline: float) -> None:
+        """
+        Raises:
+            NotReady: no more requests are taken.
+            Overloaded: there is no room for `rows`, or the deadline would pass in the queue.
+        """
+        if self.state is not State.ACCEPTING:
+            raise self._refusal("not_ready", NotReady("The service is stopping."))
+        if self.rows_waiting + rows > self.limits.queue_max_rows:
+            error = Overloaded("Too many rows wait for the model.", self.expected_wait())
+            raise self._refusal("queue_full", error)
+        # An idle model is always asked: what is known of its cost may have been a fluke.
+        answered = self._clock() + self.expected_wait() + self.cost(rows)
+        if self._batches and answered > deadline:
+            error = Overloaded(
+                "The model would not get to this request in time.", self.expected_wait()
+            )
+            raise self._refusal("deadline", error)
+
+    def _refusal(self, reason: RejectReason, error: ServiceError) -> ServiceError:
+        self._metrics.rejected(reason)
+        return error
 
     async def submit(
         self,
@@ -127,39 +200,35 @@ class Collector(Generic[RowT, OutcomeT]):
         Raises:
             NotReady: no more requests are taken.
             Overloaded: the queue is full, or the deadline would pass in it.
-            DeadlineExceeded: the deadline passed before a batch began.
+            DeadlineExceeded: the deadline passed.
             PredictionFailed: the model failed on these rows.
         """
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        self._admit(len(rows), now, deadline)
+        self.admit(len(rows), deadline)
+        now = self._clock()
         group = (priority, shape_key)
         self._count += 1
-        request = _Request[RowT, OutcomeT](
-            rows, deadline, group, self._count, now, loop.create_future()
-        )
+        answer: asyncio.Future[list[OutcomeT]] = self._loop.create_future()
+        request = _Request(rows, deadline, group, self._count, now, answer)
         if self.is_idle:
             self._policy.found_idle(now)
         self._policy.arrived(now, len(rows))
-        self._accepted.add(request)
+        self._accepted.add(request, deadline)
         self._queues.setdefault(group, OrderedDict())[request] = None
         self.rows_waiting += len(rows)
+        if self._batches:
+            self._metrics.queue_rows.set(self.rows_waiting)
         self._schedule()
         try:
             return await request.future
         finally:
             self._accepted.discard(request)
-            self._leave_queue(request)
+            if request.waiting:
+                self._leave_queue(request)
 
-    def _admit(self, rows: int, now: float, deadline: float) -> None:
-        if self.state is not State.ACCEPTING:
-            raise NotReady("The service is stopping.")
-        if self.rows_waiting + rows > self.limits.queue_max_rows:
-            raise Overloaded("Too many rows wait for the model.", retry_after=self.expected_wait())
-        if now + self.expected_wait() > deadline:
-            raise Overloaded(
-                "The model would not get to this request in time.", retry_after=self.expected_wait()
-            )
+    def _expire(self, request: _Request[RowT, OutcomeT]) -> None:
+        if request.waiting:
+            self._leave_queue(request)
+        _fail(request, DeadlineExceeded("The model did not answer in time."))
 
     def _leave_queue(self, request: _Request[RowT, OutcomeT]) -> None:
         queue = self._queues.get(request.group)
@@ -171,14 +240,15 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def _schedule(self) -> None:
         """Run a batch now, or later, or not yet."""
+        is_free = len(self._batches) < self.limits.slots
+        if self._is_due or not is_free:
+            return
         if self._wake:
             self._wake.cancel()
             self._wake = None
-        is_free = len(self._batches) < self.limits.slots
-        if not is_free or not self.rows_waiting or self.state is State.STOPPED:
+        if not self.rows_waiting or self.state is State.STOPPED:
             return
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._clock()
         oldest = min(next(iter(queue)).queued for queue in self._queues.values())
         fire_at = self._policy.fire_at(now, self.rows_waiting, oldest, self.cost)
         # To wait for a model that is busy is not to wait for other rows.
@@ -186,9 +256,10 @@ class Collector(Generic[RowT, OutcomeT]):
         fire_at = min(fire_at, forming_since + self.limits.max_wait, self._nearest_deadline(now))
         if self.rows_waiting >= self.limits.max_rows or fire_at <= now:
             # In the next turn of the loop: what arrives in this one can still join.
-            self._wake = loop.call_soon(self._start_batch)
+            self._is_due = True
+            self._wake = self._loop.call_soon(self._start_batch, context=self._context)
         else:
-            self._wake = loop.call_at(fire_at, self._start_batch)
+            self._wake = self._loop.call_at(fire_at, self._start_batch, context=self._context)
 
     def _nearest_deadline(self, now: float) -> float:
         """When a batch has to begin at the latest for the heads of the queues to be in time."""
@@ -196,18 +267,18 @@ class Collector(Generic[RowT, OutcomeT]):
         return max(now, nearest - 2 * self.cost(self.rows_waiting))
 
     def _start_batch(self) -> None:
-        self._wake = None
-        parts = self._bind(asyncio.get_running_loop().time())
+        self._wake, self._is_due = None, False
+        parts = self._bind(self._clock())
+        self._metrics.queue_rows.set(self.rows_waiting)
         if parts:
-            # In a context of its own, not in that of the request that happened to come last.
-            batch = asyncio.create_task(self._run_batch(parts), context=Context())
+            batch = _Batch(parts, [parts])
             self._batches.add(batch)
-            batch.add_done_callback(self._batches.discard)
+            self._run_next(batch)
         self._schedule()
 
-    def _bind(self, now: float) -> list[_Part[RowT, OutcomeT]]:
+    def _bind(self, now: float) -> _Parts[RowT, OutcomeT]:
         """Take up to `max_rows` rows of one shape from the queues, by priority and arrival."""
-        parts: list[_Part[RowT, OutcomeT]] = []
+        parts: _Parts[RowT, OutcomeT] = []
         room = self.limits.max_rows
         shape_key: Hashable = None
         while room and self._queues:
@@ -219,10 +290,11 @@ class Collector(Generic[RowT, OutcomeT]):
             )
             request = next(iter(self._queues[group]))
             if request.future.done() or request.deadline <= now:
-                self._leave_queue(request)
-                _fail(request, DeadlineExceeded("The request waited too long for the model."))
+                self._expire(request)
                 continue
             shape_key = group[1]
+            if not request.bound:
+                self._metrics.queue_wait.observe(now - request.queued)
             rows = request.rows[request.bound : request.bound + room]
             parts.append(_Part(request, request.bound, rows))
             request.bound += len(rows)
@@ -232,71 +304,146 @@ class Collector(Generic[RowT, OutcomeT]):
                 self._leave_queue(request)
         return parts
 
-    async def _run_batch(self, parts: list[_Part[RowT, OutcomeT]]) -> None:
+    def _run_next(self, batch: _Batch[RowT, OutcomeT]) -> None:
+        """Run what is left to run of `batch`, and free its slot when that is nothing."""
+        while batch.to_run:
+            parts = [part for part in batch.to_run.pop() if not part.request.future.done()]
+            if not parts:
+                continue
+            started = self._clock()
+            rows = [row for part in parts for row in part.rows]
+            # What comes out for the copies is not delivered to anybody.
+            rows += rows[:1] * (self.limits.padded(len(rows)) - len(rows))
+            run = self._run(rows)
+            if not run.done():
+                resume = partial(self._resume, batch, parts, started)
+                run.add_done_callback(resume, context=self._context)
+                return
+            self._ended(batch, parts, started, run)
+        self._free(batch)
+
+    def _resume(
+        self,
+        batch: _Batch[RowT, OutcomeT],
+        parts: _Parts[RowT, OutcomeT],
+        started: float,
+        run: asyncio.Future[Sequence[OutcomeT]],
+    ) -> None:
+        self._ended(batch, parts, started, run)
+        self._run_next(batch)
+
+    def _free(self, batch: _Batch[RowT, OutcomeT]) -> None:
+        self._free_since = self._clock()
+        self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
+        # The slot is free before the next batch is bound.
+        self._batches.discard(batch)
+        self._schedule()
+
+    def _ended(
+        self,
+        batch: _Batch[RowT, OutcomeT],
+        parts: _Parts[RowT, OutcomeT],
+        started: float,
+        run: asyncio.Future[Sequence[OutcomeT]],
+    ) -> None:
+        """Deliver what the model gave for `parts`; if it failed, see what can be run again."""
+        rows = sum(len(part.rows) for part in parts)
+        seconds = self._clock() - started
+        self._metrics.batch_rows.observe(rows)
+        self._metrics.compute.observe(seconds)
         try:
-            await self._run_parts(parts)
-        except Exception:
+            outcomes = run.result()
+        except OutOfMemory as error:
+            self._shrink(batch, parts, rows, error)
+        except PredictionFailed as error:
+            self._bisect(batch, parts, error)
+        except (Exception, asyncio.CancelledError):
             # Not the model's fault but one in here; nobody may be left waiting.
             log.exception("the batch collector failed")
             for part in parts:
                 _fail(part.request, PredictionFailed("The batch could not be run."))
-        finally:
-            self._free_since = asyncio.get_running_loop().time()
-            self._policy.answered(self._free_since, sum(len(part.rows) for part in parts))
-            # The slot is free before the next batch is bound.
-            task = asyncio.current_task()
-            if task:
-                self._batches.discard(task)
-            self._schedule()
+        else:
+            self.cost.ran(rows, seconds)
+            self._deliver(parts, outcomes)
 
-    async def _run_parts(self, parts: list[_Part[RowT, OutcomeT]]) -> None:
-        """Run a batch; if it fails, halve it until only the requests at fault fail."""
-        pending = [parts]
-        reruns = 0
-        while pending:
-            batch = [part for part in pending.pop() if not part.request.future.done()]
-            if not batch:
-                continue
-            rows = [row for part in batch for row in part.rows]
-            started = asyncio.get_running_loop().time()
-            try:
-                outcomes = await self._run(rows)
-            except PredictionFailed as error:
-                if len(batch) == 1 or reruns + 2 > MAX_RERUNS:
-                    for part in batch:
-                        _fail(part.request, PredictionFailed(error.detail), cause=error)
-                else:
-                    reruns += 2
-                    middle = len(batch) // 2
-                    pending += [batch[middle:], batch[:middle]]
-            else:
-                self.cost.ran(len(rows), asyncio.get_running_loop().time() - started)
-                self._deliver(batch, outcomes)
+    def _bisect(
+        self,
+        batch: _Batch[RowT, OutcomeT],
+        parts: _Parts[RowT, OutcomeT],
+        error: PredictionFailed,
+    ) -> None:
+        """Run the halves of a failed batch, until only the requests at fault fail."""
+        if len(parts) == 1 or batch.reruns + 2 > MAX_RERUNS:
+            for part in parts:
+                _fail(part.request, PredictionFailed(error.detail), cause=error)
+            return
+        batch.reruns += 2
+        self._metrics.reruns.inc(2)
+        middle = len(parts) // 2
+        batch.to_run += [parts[middle:], parts[:middle]]
 
-    def _deliver(self, batch: list[_Part[RowT, OutcomeT]], outcomes: Sequence[OutcomeT]) -> None:
-        each = iter(outcomes)
-        for part in batch:
+    def _shrink(
+        self,
+        batch: _Batch[RowT, OutcomeT],
+        parts: _Parts[RowT, OutcomeT],
+        rows: int,
+        error: OutOfMemory,
+    ) -> None:
+        """Allow half as many rows from now on, and run these in as small batches, once."""
+        most = self.limits.smaller(rows)
+        if not most or batch.was_too_large:
+            for part in parts:
+                _fail(part.request, PredictionFailed(error.detail), cause=error)
+            return
+        batch.was_too_large = True
+        if most < self.limits.max_rows:
+            self.limits.max_rows = most
+            self._metrics.max_rows.set(most)
+            log.warning("the model ran out of memory; batches have at most %d rows now", most)
+        batch.to_run += reversed(_in_chunks(parts, most))
+
+    def _deliver(self, parts: _Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
+        begin = 0
+        for part in parts:
+            end = begin + len(part.rows)
             request = part.request
-            for number in range(part.first, part.first + len(part.rows)):
-                request.outcomes[number] = next(each)
-            if len(request.outcomes) == len(request.rows) and not request.future.done():
-                in_order = [request.outcomes[number] for number in range(len(request.rows))]
-                request.future.set_result(in_order)
+            request.outcomes[part.first] = outcomes[begin:end]
+            request.answered += len(part.rows)
+            begin = end
+            if request.answered == len(request.rows) and not request.future.done():
+                in_order = (request.outcomes[first] for first in sorted(request.outcomes))
+                request.future.set_result(list(chain.from_iterable(in_order)))
 
     def drain(self) -> None:
         """Take no more requests; those that were taken are still answered."""
         if self.state is State.ACCEPTING:
             self.state = State.DRAINING
 
-    def close(self) -> None:
+    def close(self, reason: str = "The service has stopped.") -> None:
         """Give up: fail what waits and what runs."""
         self.state = State.STOPPED
         if self._wake:
             self._wake.cancel()
-        for request in list(self._accepted):
-            _fail(request, NotReady("The service has stopped."))
-        for batch in self._batches:
-            batch.cancel()
+            self._wake, self._is_due = None, False
+        for request in self._accepted.items():
+            _fail(request, NotReady(reason))
+
+
+def _in_chunks(parts: _Parts[RowT, OutcomeT], max_rows: int) -> list[_Parts[RowT, OutcomeT]]:
+    """`parts` in the same order, in lists of at most `max_rows` rows."""
+    chunks: list[_Parts[RowT, OutcomeT]] = [[]]
+    room = max_rows
+    for part in parts:
+        begin = 0
+        while begin < len(part.rows):
+            if not room:
+                chunks.append([])
+                room = max_rows
+            rows = part.rows[begin : begin + room]
+            chunks[-1].append(_Part(part.request, part.first + begin, rows))
+            begin += len(rows)
+            room -= len(rows)
+    return chunks
 
 
 def _fail(

@@ -85,6 +85,19 @@ def _check_contract(path: Path, predictor: PredictorClass) -> None:
         raise StartupError(f"{path}: Predictor has no {' and no '.join(missing)}")
     if not isinstance(getattr(predictor, "example", None), predictor.features):
         raise StartupError(f"{path}: give Predictor a class attribute example = Features(...)")
+    _check_batching(path, predictor)
+
+
+def _check_batching(path: Path, predictor: PredictorClass) -> None:
+    sizes = predictor.allowed_batch_sizes
+    if list(sizes) != sorted(set(sizes)) or any(size < 1 for size in sizes):
+        raise StartupError(
+            f"{path}: allowed_batch_sizes has to be numbers from 1, the smallest first"
+        )
+    for name in ("batch_max_rows", "instances"):
+        value = getattr(predictor, name)
+        if value is not None and value < 1:
+            raise StartupError(f"{path}: {name} has to be at least 1")
 
 
 def _models_in(schema: Any) -> list[type]:

@@ -103,6 +103,14 @@ class PredictionFailed(ServiceError):
     """The model raised, or broke its contract."""
 
 
+class OutOfMemory(PredictionFailed):
+    """The batch did not fit into memory; a smaller one may."""
+
+
+class ModelLost(PredictionFailed):
+    """Nothing that this process runs on the device will work any more."""
+
+
 class NotReady(ServiceError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     headers: Mapping[str, str] = {"Retry-After": "1"}

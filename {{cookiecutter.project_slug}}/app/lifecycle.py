@@ -23,6 +23,8 @@ class Phase(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
+    LOST = "lost"
+    """The device has failed: what holds the process back is to answer what it has accepted."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Lifecycle:
         self._settings = settings
         self._loading: asyncio.Task[None] | None = None
         self._tests = {name: ReadinessTest() for name in repository.models}
+        for model in repository.models.values():
+            model.on_lost = self._lose
 
     def join(self, workers: int, load_count: LoadCount) -> None:
         """Be one of several workers, all of which answer on one socket.
@@ -98,9 +102,23 @@ class Lifecycle:
         self.phase = Phase.FAILED
         log.critical(reason)
 
+    def _lose(self, reason: str) -> None:
+        self.phase = Phase.LOST
+        log.critical(reason)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether connections are not to be kept."""
+        return self.phase in (Phase.DRAINING, Phase.LOST)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether this process has to end by itself."""
+        return self.phase in (Phase.FAILED, Phase.LOST)
+
     def drain(self) -> None:
         """Stop being ready; what was accepted is still answered."""
-        if self.phase is not Phase.FAILED:
+        if not self.is_broken:
             self.phase = Phase.DRAINING
 
     async def stop(self) -> None:

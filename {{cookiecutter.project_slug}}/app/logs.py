@@ -1,26 +1,31 @@
 """One form for every log line, gunicorn's and uvicorn's included: JSON, or for a terminal."""
 
+import asyncio
+import logging
 import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from pydantic_core import to_json
 from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from app.settings import Settings
+
+current_request_id: ContextVar[str] = ContextVar("current_request_id")
 
 
 def logging_config(settings: Settings) -> dict[str, Any]:
     """For `logging.config.dictConfig`.
 
-    Modules log through the standard library and pass fields as `extra`; what is bound to
-    structlog's context, the request id for one, is in every line.
+    Modules log through the standard library and pass fields as `extra`. The id of the request
+    on whose behalf a line is written is in the line.
     """
-    as_json = settings.log_format == "json" or (
-        settings.log_format == "auto" and not sys.stderr.isatty()
-    )
+    as_json = _writes_json(settings)
     fields: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        _add_request_id,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -61,3 +66,52 @@ def logging_config(settings: Settings) -> dict[str, Any]:
         "root": {"level": level, "handlers": ["stderr"]},
         "loggers": {"gunicorn.error": server, "gunicorn.access": server},
     }
+
+
+def _writes_json(settings: Settings) -> bool:
+    is_auto = settings.log_format == "auto"
+    return settings.log_format == "json" or (is_auto and not sys.stderr.isatty())
+
+
+def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    if request_id := current_request_id.get(""):
+        event.setdefault("request_id", request_id)
+    return event
+
+
+class AccessLog:
+    """A line for each request.
+
+    As JSON it is written past `logging`, which would take as long as all that is done to answer
+    a request for a small model (docs/performance.md of the template), and once in a turn of the
+    event loop for all requests that ended in it.
+    """
+
+    name = "app.access"
+
+    def __init__(self, settings: Settings) -> None:
+        self._level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+        self._writes_json = _writes_json(settings)
+        self._logger = logging.getLogger(self.name)
+        self._lines: list[bytes] = []
+
+    def write(self, level: int, **fields: Any) -> None:
+        if level < self._level:
+            return
+        if not self._writes_json:
+            self._logger.log(level, "request", extra=fields)
+            return
+        if not self._lines:
+            asyncio.get_running_loop().call_soon(self._flush)
+        fields |= {
+            "event": "request",
+            "level": logging.getLevelName(level).lower(),
+            "logger": self.name,
+            "timestamp": datetime.now(UTC),
+        }
+        self._lines.append(to_json(fields))
+
+    def _flush(self) -> None:
+        lines, self._lines = self._lines, []
+        sys.stderr.write(b"\n".join([*lines, b""]).decode())
+        sys.stderr.flush()

@@ -6,19 +6,23 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from app import metrics
-from app.api.middleware import ApiKeys, RequestContext
+from app.api.middleware import ApiKeys, DirectRoutes, RequestContext, RequireApiKey
 from app.api.models import add_model_routes
 from app.api.openapi import document
 from app.api.predict import add_predict_routes
 from app.api.probes import add_probe_routes
 from app.api.problems import use_problem_details
 from app.lifecycle import Lifecycle
+from app.logs import AccessLog
 from app.repository import ModelRepository
 from app.settings import Settings, load_settings
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None) -> RequestContext:
     """The ASGI application; its models are loaded when its lifespan begins.
+
+    What every request goes through is around FastAPI and not in it: a prediction never gets
+    there, unless it is for no path that there is.
 
     Raises:
         StartupError: the settings or a predictor file are wrong.
@@ -41,18 +45,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # A redirect would be made from the Host header, which anybody can write.
         redirect_slashes=False,
     )
-    app.state.settings = settings
-    app.state.lifecycle = lifecycle
 
-    add_predict_routes(app, repository, settings.max_instances)
+    keys = ApiKeys(settings.api_keys_sha256)
+    direct = add_predict_routes(app, repository, settings, keys)
     add_model_routes(app, repository)
     add_probe_routes(app, lifecycle)
     use_problem_details(app)
     document(app, needs_api_key=bool(settings.api_keys_sha256))
 
-    # The last one added is the outermost.
-    if settings.api_keys_sha256:
-        app.add_middleware(ApiKeys, digests=settings.api_keys_sha256)
+    app.add_middleware(RequireApiKey, keys=keys)
     metrics.instrument(app)
-    app.add_middleware(RequestContext, lifecycle=lifecycle)
-    return app
+    by_path = {route.path: route for route in direct}
+    return RequestContext(DirectRoutes(app, by_path), lifecycle, AccessLog(settings))

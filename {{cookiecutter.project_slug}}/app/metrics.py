@@ -1,18 +1,115 @@
-"""Prometheus metrics."""
+"""Prometheus metrics: of requests by route, of batches by model."""
+
+from collections.abc import Mapping
+from typing import Literal
 
 from fastapi import FastAPI
+from prometheus_client import Counter, Gauge, Histogram, Summary
 from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator.metrics import Info
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+COMPUTE_BUCKETS_S = (0.0001, 0.00025, 0.0005, *LATENCY_BUCKETS_S)
+ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+_requests = Counter("http_requests_total", "Requests.", ["method", "handler", "status"])
+_durations = Histogram(
+    "http_request_duration_seconds",
+    "From the end of a request's header to the end of its answer.",
+    ["method", "handler"],
+    buckets=LATENCY_BUCKETS_S,
+)
+_request_sizes = Summary("http_request_size_bytes", "Bodies of requests.", ["handler"])
+_response_sizes = Summary("http_response_size_bytes", "Bodies of answers.", ["handler"])
+
+_MODEL = ["model", "version"]
+_outcomes = Counter("inference_requests_total", "Requests to a model.", [*_MODEL, "outcome"])
+_rejections = Counter("inference_rejected_total", "Requests refused.", [*_MODEL, "reason"])
+_queue_rows = Gauge("inference_queue_depth", "Rows that wait.", _MODEL, multiprocess_mode="livesum")
+_queue_waits = Histogram(
+    "inference_queue_wait_seconds",
+    "From a request's arrival to the begin of its first batch.",
+    _MODEL,
+    buckets=COMPUTE_BUCKETS_S,
+)
+_batch_rows = Histogram("inference_batch_size", "Rows in a batch.", _MODEL, buckets=ROWS_BUCKETS)
+_compute = Histogram(
+    "inference_compute_seconds", "What a batch took.", _MODEL, buckets=COMPUTE_BUCKETS_S
+)
+_reruns = Counter(
+    "inference_bisections_total", "Runs of halves of batches that had failed.", _MODEL
+)
+_max_rows = Gauge(
+    "inference_batch_max_rows", "Most rows in a batch.", _MODEL, multiprocess_mode="livemin"
+)
+
+RejectReason = Literal["not_ready", "queue_full", "deadline"]
+Outcome = Literal["ok", "invalid", "failed", "rejected", "expired", "cancelled"]
+
+
+class ModelMetrics:
+    """The metrics of one version of one model. Looking labels up takes longer than counting."""
+
+    def __init__(self, model: str, version: str) -> None:
+        self._labels = (model, version)
+        self.queue_rows = _queue_rows.labels(model, version)
+        self.queue_wait = _queue_waits.labels(model, version)
+        self.batch_rows = _batch_rows.labels(model, version)
+        self.compute = _compute.labels(model, version)
+        self.reruns = _reruns.labels(model, version)
+        self.max_rows = _max_rows.labels(model, version)
+        self._answered = _outcomes.labels(model, version, "ok")
+
+    def rejected(self, reason: RejectReason) -> None:
+        _rejections.labels(*self._labels, reason).inc()
+
+    def ended(self, outcome: Outcome) -> None:
+        """A request to the model has ended so."""
+        if outcome == "ok":
+            self._answered.inc()
+        else:
+            _outcomes.labels(*self._labels, outcome).inc()
+
+
+class RouteMetrics:
+    """The metrics of the requests to one route."""
+
+    def __init__(self, method: str, handler: str) -> None:
+        self._labels = (method, handler)
+        self._ok = _requests.labels(method, handler, "200")
+        self._durations = _durations.labels(method, handler)
+        self._request_sizes = _request_sizes.labels(handler)
+        self._response_sizes = _response_sizes.labels(handler)
+
+    def ended(self, status: int, seconds: float, received: int, sent: int) -> None:
+        """A request was answered; `received` and `sent` are bytes of the bodies."""
+        if status == 200:
+            self._ok.inc()
+        else:
+            _requests.labels(*self._labels, str(status)).inc()
+        self._durations.observe(seconds)
+        self._request_sizes.observe(received)
+        self._response_sizes.observe(sent)
 
 
 def instrument(app: FastAPI) -> None:
-    """Count and time the requests of `app`, probes and metrics aside, and serve /metrics."""
+    """Count and time the requests that the routes of `app` answer, probes and metrics aside, and
+    serve /metrics."""
     Instrumentator(
         should_group_status_codes=False,
         excluded_handlers=["^/(health|startup|ready|metrics)$"],
-    ).instrument(
-        app,
-        latency_highr_buckets=LATENCY_BUCKETS_S,
-        latency_lowr_buckets=LATENCY_BUCKETS_S,
-    ).expose(app, tags=["operations"], summary="Prometheus metrics")
+    ).add(_observe).instrument(app).expose(app, tags=["operations"], summary="Prometheus metrics")
+
+
+def _observe(info: Info) -> None:
+    handler = info.modified_handler
+    _requests.labels(info.method, handler, info.modified_status).inc()
+    _durations.labels(info.method, handler).observe(info.modified_duration)
+    _request_sizes.labels(handler).observe(_content_length(info.request.headers))
+    headers = info.response.headers if info.response else {}
+    _response_sizes.labels(handler).observe(_content_length(headers))
+
+
+def _content_length(headers: Mapping[str, str]) -> int:
+    length = headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() else 0

@@ -5,10 +5,10 @@ same file answers requests here and scores files in a notebook.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -50,7 +50,8 @@ PredictionT = TypeVar("PredictionT", bound=BasePrediction)
 class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     """One model; subclass it as `class Predictor(BasePredictor[Features, Prediction])`.
 
-    Every call is made from one thread that belongs to this model, so nothing here needs a lock.
+    Calls never overlap, so nothing here needs a lock. They come from a thread that belongs to
+    this model, or from the event loop if batches take less than a millisecond.
     """
 
     features: ClassVar[type[BaseFeatures]]
@@ -62,14 +63,27 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     batch_max_rows: ClassVar[int | None] = None
     """Most rows in one call of `predict`, where the setting BATCH_MAX_ROWS does not suit."""
 
+    allowed_batch_sizes: ClassVar[tuple[int, ...]] = ()
+    """The only numbers of rows in one call, smallest first, for a model with fixed shapes: a
+    smaller batch is filled up with copies of a row. All are run at start-up. Empty: any number."""
+
+    instances: ClassVar[int] = 1
+    """How often the model is loaded, each time on a thread of its own, to run batches at once."""
+
+    runs_inline: ClassVar[bool | None] = None
+    """Whether `predict` may run on the event loop, which it holds up. None: if it is measured to
+    be quick. False for one that is sometimes slow, as when it asks another service."""
+
     provider: Provider = "cpu"
     """What the model computes on; `load` sets it to "cuda" where that is so."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for base in cls.__dict__.get("__orig_bases__", ()):
-            if get_origin(base) is BasePredictor:
-                cls.features, cls.prediction = get_args(base)
+            origin, types = get_origin(base), get_args(base)
+            is_predictor = isinstance(origin, type) and issubclass(origin, BasePredictor)
+            if is_predictor and not any(isinstance(type_, TypeVar) for type_ in types):
+                cls.features, cls.prediction = types
 
     @abstractmethod
     def load(self, artifact_dir: Path, device: Device) -> None:
@@ -86,3 +100,28 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
         it with status 500, after the others were run again without it; an `ItemError` in place
         of a prediction answers 422, names the row, and spares the others that.
         """
+
+    def shape_key(self, row: FeaturesT) -> Hashable:
+        """What rows must have in common to share a batch, such as a size or a range of lengths.
+
+        Called on the event loop for each row: keep it quick. By default any rows go together.
+        """
+        return None
+
+
+class PipelinedPredictor(BasePredictor[FeaturesT, PredictionT]):
+    """A predictor in two steps: the next batch is prepared while the device computes this one.
+
+    Worth it where both take long, and the second releases the interpreter's lock.
+    """
+
+    @abstractmethod
+    def prepare(self, batch: list[FeaturesT]) -> Any:
+        """Turn `batch` into the model's input, on a thread that does only this."""
+
+    @abstractmethod
+    def compute(self, prepared: Any) -> Sequence[PredictionT | ItemError]:
+        """Score what `prepare` gave, like `predict`: an outcome for each row, in order."""
+
+    def predict(self, batch: list[FeaturesT]) -> Sequence[PredictionT | ItemError]:
+        return self.compute(self.prepare(batch))

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from app import artifacts
@@ -18,42 +18,50 @@ from app.errors import (
     ModelNotFound,
     NotReady,
     PredictionFailed,
+    ServiceError,
     StartupError,
     on_one_line,
 )
-from app.predictor import BaseFeatures, BasePrediction, BasePredictor, ItemError, Provider
+from app.faults import failure
+from app.metrics import ModelMetrics
+from app.predictor import BaseFeatures, BasePredictor, ItemError, Provider
+from app.runner import INLINE_BELOW_S, Outcome, Runner, run
 from app.settings import Settings
-from app.waiting import FixedWindow, LearnedReturns
+from app.waiting import BatchCost, FixedWindow, LearnedReturns
 
 log = logging.getLogger(__name__)
-
-Outcome = BasePrediction | ItemError
 
 
 class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    LOST = "lost"
+    """It worked until its device failed."""
 
 
 class ServedModel:
-    """A predictor with the artifact version that answers for it, and the thread it runs on.
-
-    One thread, as predictors are not asked to be thread-safe.
-    """
+    """A predictor with the artifact version that answers for it."""
 
     def __init__(self, name: str, predictor_class: PredictorClass, settings: Settings) -> None:
         self.name = name
         self.predictor_class = predictor_class
         self.state = State.LOADING
         self.artifact: Artifact | None = None
+        self.metrics: ModelMetrics | None = None
+        """From when it is loaded."""
+
         self.last_success = float("-inf")
         """When a prediction last worked, in seconds on the event loop's clock."""
 
+        self.on_lost: Callable[[str], None] = log.critical
+        """Called when nothing that runs in this process can be expected to work any more."""
+
         self._settings = settings
-        self._predictor: BasePredictor[Any, Any] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
+        self._runner = Runner(name, predictor_class, self._lose)
+        self._provider: Provider | None = None
         self._collector: Collector[BaseFeatures, Outcome] | None = None
+        self._has_shapes = predictor_class.shape_key is not BasePredictor.shape_key
 
     @property
     def version(self) -> str | None:
@@ -61,23 +69,24 @@ class ServedModel:
 
     @property
     def provider(self) -> Provider | None:
-        return self._predictor.provider if self._predictor else None
+        return self._provider
 
     async def load(self) -> None:
-        """Check the newest version's files, load it, and run it once on the example.
+        """Check the newest version's files, load it, and run it on the example.
 
         Raises:
             StartupError: with the model, the file and the remedy.
         """
         started = perf_counter()
         try:
-            loading = self._thread.submit(self._load_newest)
-            artifact, predictor = await asyncio.wrap_future(loading)
+            artifact = await asyncio.to_thread(self._verified_artifact)
+            await self._runner.load(partial(self._load_predictor, artifact))
+            self._collector = await self._make_collector(artifact.version)
         except Exception:
             self.state = State.FAILED
             raise
-        self.artifact, self._predictor = artifact, predictor
-        self._collector = self._collect_for(predictor)
+        self.artifact = artifact
+        self._provider = self._runner.predictor.provider
         self.state = State.READY
         log.info(
             "model ready",
@@ -86,10 +95,41 @@ class ServedModel:
                 "model_version": self.version,
                 "provider": self.provider,
                 "load_s": round(perf_counter() - started, 3),
+                "runs_inline": self._runner.may_run_inline,
             },
         )
 
-    def _load_newest(self) -> tuple[Artifact, BasePredictor[Any, Any]]:
+    async def _make_collector(self, version: str) -> Collector[BaseFeatures, Outcome]:
+        predictor, settings = self.predictor_class, self._settings
+        sizes = predictor.allowed_batch_sizes
+        max_rows = sizes[-1] if sizes else predictor.batch_max_rows or settings.batch_max_rows
+        max_wait = settings.batch_max_wait_ms / 1000
+        is_learned = settings.batch_policy == "learned"
+        policy = LearnedReturns(max_rows) if is_learned else FixedWindow(max_wait)
+        limits = Limits(max_rows, settings.queue_max_rows, max_wait, self._runner.slots, sizes)
+        self.metrics = ModelMetrics(self.name, version)
+        self.metrics.max_rows.set(max_rows)
+        collector = Collector(self._runner.run, limits, policy, self.metrics)
+        await self._measure(collector.cost, max_rows)
+        return collector
+
+    async def _measure(self, cost: BatchCost, max_rows: int) -> None:
+        """Learn what batches take, and whether they may run on the event loop."""
+        example, runner = self.predictor_class.example, self._runner
+        cost.ran(1, seconds := await runner.measure([example]))
+        if seconds < INLINE_BELOW_S:
+            cost.ran(max_rows, seconds := await runner.measure([example] * max_rows))
+        is_quick = seconds < INLINE_BELOW_S and runner.predictor.provider == "cpu"
+        chosen = self.predictor_class.runs_inline
+        runner.may_run_inline = is_quick if chosen is None else chosen
+
+    def _lose(self) -> None:
+        self.state = State.LOST
+        if self._collector:
+            self._collector.close("The model has to be started again.")
+        self.on_lost(f"Model {self.name}: the device failed; this process has to end.")
+
+    def _verified_artifact(self) -> Artifact:
         try:
             artifact = artifacts.newest(self._settings.artifacts_dir, self.name)
             artifact.verify()
@@ -98,6 +138,10 @@ class ServedModel:
                 f"{self.name}: {error.filename} cannot be read ({error.strerror}); "
                 "let the service's user read it"
             ) from error
+        self._warn_of_schema_change(artifact)
+        return artifact
+
+    def _load_predictor(self, artifact: Artifact) -> BasePredictor[Any, Any]:
         files = ", ".join(str(artifact.directory / name) for name in artifact.manifest.files)
         source = Path(sys.modules[self.predictor_class.__module__].__file__ or "")
         remedy = "train it again or mend the predictor (LOG_LEVEL=debug shows the traceback)"
@@ -117,17 +161,17 @@ class ServedModel:
                 'or have load() use the GPU and set self.provider = "cuda"'
             )
         try:
-            outcome = run(predictor, [self.predictor_class.example])[0]
-            if isinstance(outcome, ItemError):
-                raise PredictionFailed(outcome.reason)
+            for size in predictor.allowed_batch_sizes or (1,):
+                outcome = run(predictor, [predictor.example] * size)[0]
+                if isinstance(outcome, ItemError):
+                    raise PredictionFailed(outcome.reason)
         except Exception as error:
             log.debug("%s: warm-up failed", self.name, exc_info=True)
             raise StartupError(
                 f"{self.name}: {files} does not fit {source.name}: predict([example]) failed: "
                 f"{on_one_line(error.__cause__ or error, source)}; {remedy}"
             ) from error
-        self._warn_of_schema_change(artifact)
-        return artifact, predictor
+        return predictor
 
     def _warn_of_schema_change(self, artifact: Artifact) -> None:
         schema = self.predictor_class.features.model_json_schema()
@@ -141,55 +185,78 @@ class ServedModel:
                 ", ".join(sorted(trained ^ served)),
             )
 
-    async def predict(self, rows: Sequence[BaseFeatures], deadline: float) -> list[Outcome]:
+    def admit(self, deadline: float) -> None:
+        """
+        Raises:
+            ServiceError: a request would be refused whatever it holds.
+        """
+        self._accepting().admit(1, deadline)
+
+    def _accepting(self) -> Collector[BaseFeatures, Outcome]:
+        if self._collector is None:
+            raise NotReady(f"Model {self.name} is {self.state}.")
+        return self._collector
+
+    async def predict(
+        self, rows: Sequence[BaseFeatures], deadline: float, priority: int = 0
+    ) -> Sequence[Outcome]:
         """The outcomes of `rows`, in order; they may share a batch with those of other callers.
 
         Raises:
             ServiceError: the model is not loaded, overloaded, late, or failed.
         """
-        if self._collector is None:
-            raise NotReady(f"Model {self.name} is {self.state}.")
-        return await self._collector.submit(rows, deadline)
+        collector = self._accepting()
+        if self._has_shapes:
+            outcomes = await self._predict_by_shape(collector, rows, deadline, priority)
+        else:
+            outcomes = await collector.submit(rows, deadline, priority=priority)
+        self.last_success = monotonic()
+        return outcomes
 
-    def _collect_for(self, predictor: BasePredictor[Any, Any]) -> Collector[BaseFeatures, Outcome]:
-        async def run_batch(rows: list[BaseFeatures]) -> Sequence[Outcome]:
-            outcomes = await asyncio.wrap_future(self._thread.submit(run, predictor, rows))
-            self.last_success = asyncio.get_running_loop().time()
-            return outcomes
-
-        settings = self._settings
-        max_rows = predictor.batch_max_rows or settings.batch_max_rows
-        max_wait = settings.batch_max_wait_ms / 1000
-        is_learned = settings.batch_policy == "learned"
-        policy = LearnedReturns(max_rows) if is_learned else FixedWindow(max_wait)
-        return Collector(run_batch, Limits(max_rows, settings.queue_max_rows, max_wait), policy)
+    async def _predict_by_shape(
+        self,
+        collector: Collector[BaseFeatures, Outcome],
+        rows: Sequence[BaseFeatures],
+        deadline: float,
+        priority: int,
+    ) -> Sequence[Outcome]:
+        numbers: dict[Hashable, list[int]] = {}
+        try:
+            for number, row in enumerate(rows):
+                numbers.setdefault(self._runner.predictor.shape_key(row), []).append(number)
+        except Exception as error:
+            raise failure(error) from error
+        if len(numbers) == 1:
+            [key] = numbers
+            return await collector.submit(rows, deadline, priority=priority, shape_key=key)
+        # All of them or none: the first that fails takes the others out of the queue.
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                by_shape = {
+                    key: tasks.create_task(
+                        collector.submit(
+                            [rows[number] for number in same],
+                            deadline,
+                            priority=priority,
+                            shape_key=key,
+                        )
+                    )
+                    for key, same in numbers.items()
+                }
+        except* ServiceError as errors:
+            raise errors.exceptions[0] from None
+        outcomes = {
+            number: outcome
+            for key, same in numbers.items()
+            for number, outcome in zip(same, by_shape[key].result(), strict=True)
+        }
+        return [outcomes[number] for number in range(len(rows))]
 
     def close(self) -> None:
         """Fail what waits. A prediction that runs cannot be stopped."""
         if self._collector:
             self._collector.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def run(predictor: BasePredictor[Any, Any], rows: list[BaseFeatures]) -> Sequence[Outcome]:
-    """Call `predictor` and check that it gave one outcome for each row.
-
-    Raises:
-        PredictionFailed: it did not, or it raised, which is the cause then.
-    """
-    try:
-        outcomes = predictor.predict(rows)
-    except BaseException as error:
-        # All of them: a future takes no StopIteration, and a SystemExit would end the thread.
-        raise PredictionFailed("The model failed on this request.") from error
-    if not isinstance(outcomes, Sequence):
-        raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
-    if len(outcomes) != len(rows):
-        raise PredictionFailed(f"The model gave {len(outcomes)} predictions for {len(rows)} rows.")
-    for outcome in outcomes:
-        if not isinstance(outcome, (predictor.prediction, ItemError)):
-            raise PredictionFailed(f"The model gave a {type(outcome).__name__} as a prediction.")
-    return outcomes
+        self._runner.close()
 
 
 class ModelRepository:

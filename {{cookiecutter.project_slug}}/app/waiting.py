@@ -5,6 +5,9 @@ from typing import Protocol
 HORIZONS_S = tuple(0.1e-3 * 2 ** (step / 2) for step in range(15))
 """Spans after a moment in which arrivals are counted: 0.1 to 12.8 ms, by factors of root 2."""
 
+WORTH_A_WAIT_S = 0.001
+"""A batch that takes less is never waited for; it is also the least that uvloop's timers wait."""
+
 MEMORY = 0.8
 """Weight of what was learned before against what was just seen."""
 
@@ -152,7 +155,7 @@ class LearnedReturns:
     def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
         room = self._max_rows - rows
         batch_s = cost(rows)
-        if not self._kind or room <= 0 or batch_s < HORIZONS_S[0]:
+        if not self._kind or room <= 0 or batch_s < WORTH_A_WAIT_S:
             return now
         passed = now - self._since
         best = wait = most = 0.0

@@ -64,7 +64,7 @@ class Worker(UvicornWorker):
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
-        lifecycle: Lifecycle = self.wsgi.state.lifecycle
+        lifecycle: Lifecycle = self.wsgi.lifecycle
         lifecycle.join(self.cfg.workers, self.load_count)
         heartbeat = asyncio.create_task(self._beat())
         loading = lifecycle.start()
@@ -82,6 +82,9 @@ class Worker(UvicornWorker):
         heartbeat.cancel()
         if not server.started or lifecycle.phase is Phase.FAILED:
             end(Arbiter.WORKER_BOOT_ERROR)
+        if lifecycle.phase is Phase.LOST:
+            # gunicorn replaces this one by a new process.
+            end(1)
 
     async def _beat(self) -> None:
         # uvicorn does this only while it serves, and loading and draining may take longer than
@@ -109,7 +112,7 @@ def end(status: int) -> None:
 
 
 class DrainingServer(Server):
-    """Ends when loading fails; and before it closes connections, lets them finish.
+    """Ends when a model or its device fails, and lets connections finish before it closes them.
 
     uvicorn closes idle keep-alive connections at once. A request that is on its way on one of
     them would be lost, so they are kept for `DRAIN_S`, and every answer says `Connection: close`.
@@ -120,14 +123,14 @@ class DrainingServer(Server):
         self.lifecycle = lifecycle
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self.lifecycle.phase is Phase.FAILED
+        return await super().on_tick(counter) or self.lifecycle.is_broken
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.lifecycle.drain()
         await asyncio.sleep(ACCEPT_S)
         for server in self.servers:
             server.close()
-        if self.server_state.connections and self.lifecycle.phase is Phase.DRAINING:
+        if self.server_state.connections and self.lifecycle.is_ending:
             await asyncio.sleep(DRAIN_S)
         await super().shutdown(sockets)
 

@@ -1,20 +1,23 @@
 """POST /v1/predict and /v1/predict/batch, and the same for each model by name."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from time import perf_counter
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, FastAPI
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
 
 from app import inference
-from app.api.json_route import JsonRoute
+from app.api.json_route import Call, CallParameter, Endpoint, Headers, JsonRoute
+from app.api.middleware import ApiKeys
 from app.api.problems import problems
 from app.errors import FieldError, invalid_fields
 from app.predictor import BaseFeatures, BasePrediction, ItemError
-from app.repository import ModelRepository, Outcome, ServedModel
+from app.repository import ModelRepository, ServedModel
+from app.settings import Settings
 
 PROBLEMS = problems(
     HTTPStatus.UNAUTHORIZED,
@@ -64,23 +67,60 @@ class BatchResponse(_Answer):
     """One for each instance, in the order of the request."""
 
 
-def add_predict_routes(app: FastAPI, repository: ModelRepository, max_instances: int) -> None:
-    """Route each model with its own schemas, and the default model without a name as well."""
+def add_predict_routes(
+    app: FastAPI, repository: ModelRepository, settings: Settings, keys: ApiKeys
+) -> list[JsonRoute]:
+    """Route each model with its own schemas, and the default model without a name as well.
+
+    FastAPI documents the routes that are returned; `DirectRoutes` calls them.
+    """
+    routes: list[JsonRoute] = []
+
+    def add(path: str, model: ServedModel, endpoint: Documented) -> None:
+        app.router.add_api_route(
+            path,
+            endpoint.function,
+            methods=["POST"],
+            response_model=endpoint.response_type,
+            responses=PROBLEMS,
+            summary=endpoint.summary,
+            tags=["predict"],
+        )
+
+        def admit(headers: Headers, deadline: float) -> None:
+            keys.check(headers)
+            inference.admit(model, deadline)
+
+        route = JsonRoute(path, endpoint.function, endpoint.request_type, settings, admit)
+        routes.append(route)
+
     for name, model in repository.models.items():
         prefixes = [f"/v1/models/{name}"]
         if name == repository.default:
             prefixes.insert(0, "/v1")
         for prefix in prefixes:
-            _add_single(app, f"{prefix}/predict", model)
-            _add_batch(app, f"{prefix}/predict/batch", model, max_instances)
+            add(f"{prefix}/predict", model, _single(model))
+            add(f"{prefix}/predict/batch", model, _batch(model, settings.max_instances))
 
     @app.post("/v1/models/{model}/predict", include_in_schema=False)
     @app.post("/v1/models/{model}/predict/batch", include_in_schema=False)
     async def no_such_model(model: str) -> None:
         repository.get(model)
 
+    return routes
 
-def _add_single(app: FastAPI, path: str, model: ServedModel) -> None:
+
+@dataclass(frozen=True)
+class Documented:
+    """An endpoint and what FastAPI is told of it."""
+
+    function: Endpoint
+    request_type: type[BaseModel]
+    response_type: type[BaseModel]
+    summary: str
+
+
+def _single(model: ServedModel) -> Documented:
     predictor = model.predictor_class
     title = _title(model)
     request_type = create_model(
@@ -91,16 +131,16 @@ def _add_single(app: FastAPI, path: str, model: ServedModel) -> None:
     )
     example = {"features": predictor.example.model_dump(mode="json", by_alias=True)}
 
-    async def predict(body: PredictRequest, request: Request) -> PredictResponse:
-        answer = await inference.predict(model, [body.features], request.state.deadline)
+    async def predict(body: PredictRequest, call: CallParameter) -> dict[str, Any]:
+        answer = await inference.predict(model, [body.features], call.deadline, call.priority)
         [prediction] = _predictions(answer.outcomes, lambda _: "features")
-        return response_type.model_construct(**_envelope(request, answer), prediction=prediction)
+        return _envelope(call, answer) | {"prediction": prediction}
 
     _declare_body(predict, request_type, example)
-    _add(app, path, predict, response_type, f"Score one row with {model.name}")
+    return Documented(predict, request_type, response_type, f"Score one row with {model.name}")
 
 
-def _add_batch(app: FastAPI, path: str, model: ServedModel, max_instances: int) -> None:
+def _batch(model: ServedModel, max_instances: int) -> Documented:
     predictor = model.predictor_class
     title = _title(model)
     rows = Annotated[list[predictor.features], Field(min_length=1, max_length=max_instances)]  # type: ignore[name-defined]
@@ -114,54 +154,38 @@ def _add_batch(app: FastAPI, path: str, model: ServedModel, max_instances: int) 
     )
     example = {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]}
 
-    async def predict(body: BatchRequest, request: Request) -> BatchResponse:
-        answer = await inference.predict(model, body.instances, request.state.deadline)
+    async def predict(body: BatchRequest, call: CallParameter) -> dict[str, Any]:
+        answer = await inference.predict(model, body.instances, call.deadline, call.priority)
         predictions = _predictions(answer.outcomes, lambda row: f"instances.{row}")
-        return response_type.model_construct(**_envelope(request, answer), predictions=predictions)
+        return _envelope(call, answer) | {"predictions": predictions}
 
     _declare_body(predict, request_type, example)
-    _add(app, path, predict, response_type, f"Score rows with {model.name}")
+    return Documented(predict, request_type, response_type, f"Score rows with {model.name}")
 
 
-Endpoint = Callable[..., Awaitable[_Answer]]
-
-
-def _declare_body(endpoint: Endpoint, body: type[BaseModel], example: dict[str, Any]) -> None:
+def _declare_body(
+    endpoint: Callable[..., Any], body: type[BaseModel], example: dict[str, Any]
+) -> None:
     # The types are the model's own, known only now.
     endpoint.__annotations__["body"] = Annotated[body, Body(examples=[example])]
-
-
-def _add(
-    app: FastAPI, path: str, endpoint: Endpoint, response_type: type[BaseModel], summary: str
-) -> None:
-    app.router.add_api_route(
-        path,
-        endpoint,
-        methods=["POST"],
-        response_model=response_type,
-        responses=PROBLEMS,
-        summary=summary,
-        tags=["predict"],
-        route_class_override=JsonRoute,
-    )
 
 
 def _title(model: ServedModel) -> str:
     return "".join(word.capitalize() for word in model.name.split("_"))
 
 
-def _envelope(request: Request, answer: inference.Answer) -> dict[str, Any]:
+def _envelope(call: Call, answer: inference.Answer) -> dict[str, Any]:
     return {
-        "request_id": request.state.request_id,
+        "request_id": call.request_id,
         "model": answer.model,
         "model_version": answer.version,
-        "processing_time_ms": round((perf_counter() - request.state.started) * 1000, 3),
+        "processing_time_ms": round((perf_counter() - call.started) * 1000, 3),
         "timestamp": datetime.now(UTC),
     }
 
 
 def _predictions(
-    outcomes: Sequence[Outcome], path_of: Callable[[int], str]
+    outcomes: Sequence[BasePrediction | ItemError], path_of: Callable[[int], str]
 ) -> list[BasePrediction]:
     """The predictions, if all rows have one.
 

@@ -3,13 +3,14 @@
 import asyncio
 import random
 import selectors
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 
 from app.batching import MAX_RERUNS, Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.metrics import ModelMetrics
 from app.waiting import FixedWindow, LearnedReturns, WaitPolicy
 
 FAR = 1e6
@@ -48,8 +49,11 @@ class Model:
         self.most_running = 0
         self._fixed, self._per_row = fixed, per_row
 
-    async def __call__(self, rows: list[Any]) -> Sequence[Any]:
+    def __call__(self, rows: list[Any]) -> "asyncio.Future[Sequence[Any]]":
         self.batches.append(rows)
+        return asyncio.ensure_future(self._predict(rows))
+
+    async def _predict(self, rows: list[Any]) -> Sequence[Any]:
         self.running += 1
         self.most_running = max(self.running, self.most_running)
         try:
@@ -61,10 +65,19 @@ class Model:
         return [f"{row}!" for row in rows]
 
 
-def collector(model: Callable[[list[Any]], Awaitable[Sequence[Any]]], **limits: Any) -> Any:
+Run = Callable[[list[Any]], "asyncio.Future[Sequence[Any]]"]
+
+
+def collector(model: Run, **limits: Any) -> Any:
     policy: WaitPolicy = limits.pop("policy", FixedWindow(0))
     defaults = {"max_rows": 4, "queue_max_rows": 1000, "max_wait": 100.0}
-    return Collector[Any, Any](model, Limits(**(defaults | limits)), policy)
+    return Collector[Any, Any](
+        model,
+        Limits(**(defaults | limits)),
+        policy,
+        ModelMetrics("tested", "1"),
+        clock=asyncio.get_running_loop().time,
+    )
 
 
 def submit(collector: Any, *rows: Any, **options: Any) -> "asyncio.Task[list[Any]]":
@@ -122,7 +135,7 @@ class TestBinding:
                 await asyncio.sleep(chance.random())
                 return rows
 
-            collecting = collector(uneven, slots=3)
+            collecting = collector(lambda rows: asyncio.ensure_future(uneven(rows)), slots=3)
             assert await submit(collecting, *range(50)) == list(range(50))
             model = Model()
             await asyncio.gather(*(submit(collector(model, slots=2), *range(8)) for _ in "a"))
@@ -249,7 +262,7 @@ class TestFailing:
             async def broken(rows: list[Any]) -> Sequence[Any]:
                 raise ZeroDivisionError(rows)
 
-            collecting = collector(broken)
+            collecting = collector(lambda rows: asyncio.ensure_future(broken(rows)))
             for _ in range(2):
                 with pytest.raises(PredictionFailed):
                     await submit(collecting, "a")
@@ -282,8 +295,8 @@ class TestOverload:
             requests = [submit(collecting, "a")]
             await settle()
             with pytest.raises(Overloaded):
-                await collecting.submit(["b"], loop.time() + 5)
-            requests.append(submit(collecting, "c", deadline=loop.time() + 15))
+                await collecting.submit(["b"], loop.time() + 15)
+            requests.append(submit(collecting, "c", deadline=loop.time() + 21))
             await asyncio.gather(*requests)
 
         run(test())

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from app.batching import Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.metrics import ModelMetrics
 from app.waiting import FixedWindow, LearnedReturns
 from tests.service.test_batching import JumpingSelector
 
@@ -40,7 +41,15 @@ class Callers(RuleBasedStateMachine):
     def _collector(self, *, learned: bool, slots: int) -> Collector[int, int]:
         policy = LearnedReturns(MAX_ROWS) if learned else FixedWindow(0.5)
         limits = Limits(MAX_ROWS, QUEUE_MAX_ROWS, max_wait=2.0, slots=slots)
-        return Collector(self.model, limits, policy)
+
+        def run(rows: list[int]) -> "asyncio.Future[Sequence[int]]":
+            return asyncio.ensure_future(self.model(rows), loop=self.loop)
+
+        async def create() -> Collector[int, int]:
+            metrics = ModelMetrics("tested", "1")
+            return Collector(run, limits, policy, metrics, clock=self.loop.time)
+
+        return self.loop.run_until_complete(create())
 
     async def model(self, rows: list[int]) -> Sequence[int]:
         assert 1 <= len(rows) <= MAX_ROWS

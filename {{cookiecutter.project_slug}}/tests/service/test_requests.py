@@ -65,8 +65,9 @@ class TestRequestId:
         answer = service.client.post(PREDICT, json=GOOD, headers=headers)
         assert answer.headers["x-request-id"] == "order-66.b:c_d"
         assert answer.json()["request_id"] == "order-66.b:c_d"
-        ids = [line["request_id"] for line in service.log_lines("request")]
-        assert ids.count("order-66.b:c_d") == 1
+        # The line is written right after the answer.
+        service.wait_until(lambda: service.log_lines_of("order-66.b:c_d", "request"))
+        assert len(service.log_lines_of("order-66.b:c_d", "request")) == 1
 
     @pytest.mark.parametrize("bad", [b"a b", b"x" * 129, b'a"b', b"<script>", b"\xc3\xbc"])
     def test_another_is_replaced(self, service: Service, bad: bytes) -> None:

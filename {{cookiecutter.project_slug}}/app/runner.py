@@ -1,0 +1,242 @@
+"""Runs a model: on threads of its own, or on the event loop where that is cheaper."""
+
+import asyncio
+import logging
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter, thread_time
+from typing import Any
+
+from app.errors import ModelLost, PredictionFailed
+from app.faults import failure
+from app.predictor import (
+    BaseFeatures,
+    BasePrediction,
+    BasePredictor,
+    ItemError,
+    PipelinedPredictor,
+)
+
+log = logging.getLogger(__name__)
+
+Outcome = BasePrediction | ItemError
+Rows = list[BaseFeatures]
+Predictor = BasePredictor[Any, Any]
+
+INLINE_BELOW_S = 0.001
+"""A model whose largest batch takes less may run on the event loop. The hop to a thread and back
+takes a tenth of that when nothing else goes on; when the loop is busy the thread waits for the
+interpreter's lock, of which a switch takes 5 ms (sys.getswitchinterval)."""
+
+STALL_S = 0.01
+"""A run on the event loop that takes longer sends the model back to its thread."""
+
+TRUST_RUNS = 100
+MAX_TRUST_RUNS = 10_000
+
+
+class Trust:
+    """Whether a model that was cheap at warm-up may hold up the event loop.
+
+    It can be quick with its example and slow with what callers send. So it has to show
+    `TRUST_RUNS` runs without a stall on its thread first, after each stall twice as many, and is
+    forgiven after `MAX_TRUST_RUNS`.
+    """
+
+    def __init__(self) -> None:
+        self._asked = TRUST_RUNS
+        self._runs = 0
+
+    @property
+    def is_earned(self) -> bool:
+        return self._runs >= self._asked
+
+    def ran(self, run: "Run") -> None:
+        if run.stalled:
+            self._asked = min(2 * self._asked, MAX_TRUST_RUNS)
+            self._runs = 0
+            return
+        self._runs += 1
+        if self._runs == self._asked + MAX_TRUST_RUNS:
+            self._asked = self._runs = TRUST_RUNS
+
+
+@dataclass(slots=True)
+class Run:
+    """How a call of `predict` went."""
+
+    outcomes: Sequence[Outcome]
+    seconds: float
+    stalled: bool
+    """Whether it took too long by what it did: it computed, or it waited for something. That
+    others had the CPU meanwhile, as when a container has used up its quota, is not its doing."""
+
+
+class Instance:
+    """One loaded predictor and its thread; a pipelined one prepares on a second thread."""
+
+    def __init__(self, name: str) -> None:
+        self.running = 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._prepare_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prep")
+        self._predictor: Predictor | None = None
+
+    @property
+    def predictor(self) -> Predictor:
+        assert self._predictor, "not loaded"  # noqa: S101
+        return self._predictor
+
+    async def load(self, load: Callable[[], Predictor]) -> None:
+        self._predictor = await asyncio.wrap_future(self._thread.submit(load))
+
+    def submit(self, rows: Rows) -> Future[Run]:
+        predictor = self.predictor
+        if not isinstance(predictor, PipelinedPredictor):
+            return self._thread.submit(_timed, partial(run, predictor, rows))
+        prepared = self._prepare_thread.submit(predictor.prepare, rows)
+        # It waits for no batch but its own, as both threads take them in the same order.
+        compute = partial(_checked, predictor, rows, lambda: predictor.compute(prepared.result()))
+        return self._thread.submit(_timed, compute)
+
+    def close(self) -> None:
+        for thread in (self._prepare_thread, self._thread):
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Runner:
+    """Runs batches on the instances of one model.
+
+    `on_lost` is called when the device has failed for good, before the batch's future is done.
+    """
+
+    def __init__(
+        self, name: str, predictor_class: type[Predictor], on_lost: Callable[[], None]
+    ) -> None:
+        self._on_lost = on_lost
+        self._instances = [
+            Instance(f"model-{name}-{number}") for number in range(predictor_class.instances)
+        ]
+        is_pipelined = issubclass(predictor_class, PipelinedPredictor)
+        self.slots = len(self._instances) * (2 if is_pipelined else 1)
+        """Batches that may be under way: of each instance one, and one more in preparation."""
+
+        self.trust = Trust()
+        self.may_run_inline = False
+
+    @property
+    def predictor(self) -> Predictor:
+        """One of the instances."""
+        return self._instances[0].predictor
+
+    async def load(self, load: Callable[[], Predictor]) -> None:
+        """Call `load` on the thread of each instance, one after the other."""
+        for instance in self._instances:
+            await instance.load(load)
+
+    async def measure(self, rows: Rows) -> float:
+        """Run `rows` three times, and give the seconds that the quickest run took."""
+        runs = [await asyncio.wrap_future(self._instances[0].submit(rows)) for _ in range(3)]
+        return min(run.seconds for run in runs)
+
+    def run(self, rows: Rows) -> asyncio.Future[Sequence[Outcome]]:
+        """Of as many outcomes as `rows`, or of PredictionFailed. Done already if run inline."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Sequence[Outcome]] = loop.create_future()
+        instance = min(self._instances, key=lambda instance: instance.running)
+        if self.may_run_inline and self.trust.is_earned and not instance.running:
+            self._run_inline(instance.predictor, rows, answer)
+        else:
+            instance.running += 1
+            running = asyncio.wrap_future(instance.submit(rows))
+            running.add_done_callback(partial(self._ran, instance, answer))
+        return answer
+
+    def _run_inline(
+        self, predictor: Predictor, rows: Rows, answer: asyncio.Future[Sequence[Outcome]]
+    ) -> None:
+        try:
+            ran = _timed(partial(run, predictor, rows))
+        except PredictionFailed as error:
+            self._fail(answer, error)
+            return
+        self.trust.ran(ran)
+        answer.set_result(ran.outcomes)
+        if ran.stalled:
+            log.warning(
+                "a batch held up the event loop for %.0f ms; the model goes back to its thread",
+                ran.seconds * 1000,
+            )
+
+    def _fail(self, answer: asyncio.Future[Sequence[Outcome]], error: BaseException) -> None:
+        if isinstance(error, ModelLost):
+            self._on_lost()
+        answer.set_exception(error)
+
+    def _ran(
+        self,
+        instance: Instance,
+        answer: asyncio.Future[Sequence[Outcome]],
+        running: asyncio.Future[Run],
+    ) -> None:
+        instance.running -= 1
+        if answer.done():
+            return
+        if running.cancelled():
+            answer.cancel()
+        elif error := running.exception():
+            self._fail(answer, error)
+        else:
+            ran = running.result()
+            self.trust.ran(ran)
+            answer.set_result(ran.outcomes)
+
+    def close(self) -> None:
+        """What waits for a thread is given up; a batch that runs cannot be stopped."""
+        for instance in self._instances:
+            instance.close()
+
+
+def run(predictor: Predictor, rows: Rows) -> Sequence[Outcome]:
+    """Call `predictor` and check that it gave one outcome for each row.
+
+    Raises:
+        PredictionFailed: it did not, or it raised, which is the cause then.
+    """
+    return _checked(predictor, rows, lambda: predictor.predict(rows))
+
+
+def _checked(
+    predictor: Predictor, rows: Rows, predict: Callable[[], Sequence[Outcome]]
+) -> Sequence[Outcome]:
+    try:
+        outcomes = predict()
+    except BaseException as error:
+        # All of them: a future takes no StopIteration, and a SystemExit would end the thread.
+        raise failure(error) from error
+    if not isinstance(outcomes, Sequence):
+        raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
+    if len(outcomes) != len(rows):
+        raise PredictionFailed(f"The model gave {len(outcomes)} predictions for {len(rows)} rows.")
+    for outcome in outcomes:
+        if not isinstance(outcome, (predictor.prediction, ItemError)):
+            raise PredictionFailed(f"The model gave a {type(outcome).__name__} as a prediction.")
+    return outcomes
+
+
+def _timed(predict: Callable[[], Sequence[Outcome]]) -> Run:
+    waits, computed, started = _waits(), thread_time(), perf_counter()
+    outcomes = predict()
+    seconds = perf_counter() - started
+    stalled = seconds > STALL_S and (thread_time() - computed > STALL_S or _waits() > waits)
+    return Run(outcomes, seconds, stalled)
+
+
+def _waits() -> float:
+    """How often this thread has given up the CPU of its own accord. Linux alone counts that."""
+    if sys.platform != "linux":
+        return perf_counter()
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
