@@ -20,7 +20,8 @@ LAYERS = [
     {"lifecycle"},
     {"inference"},
     {"repository", "discovery"},
-    {"batching", "runner"},
+    {"batching", "runner", "tensor_parser"},
+    {"tensor"},
     {
         "deadlines",
         "faults",
@@ -72,7 +73,7 @@ def test_imports_go_one_way() -> None:
 
 def test_predictors_know_only_the_contract() -> None:
     for path in sorted((TEMPLATE / "predictors").glob("*.py")):
-        assert imported_modules(path) <= {"predictor", "onnx"}
+        assert imported_modules(path) <= {"predictor", "onnx", "tensor"}
         assert not re.search(r"\b(fastapi|asyncio|redis|http)\b", path.read_text(encoding="utf-8"))
 
 

@@ -176,12 +176,11 @@ class Collector(Generic[RowT, OutcomeT]):
             error = Overloaded("Too many rows wait for the model.", self.expected_wait())
             raise self._refusal("queue_full", error)
         # An idle model is always asked: what is known of its cost may have been a fluke.
-        answered = self._clock() + self.expected_wait() + self.cost(rows)
-        if self._batches and answered > deadline:
-            error = Overloaded(
-                "The model would not get to this request in time.", self.expected_wait()
-            )
-            raise self._refusal("deadline", error)
+        if self._batches:
+            wait = self.expected_wait()
+            if self._clock() + wait + self.cost(rows) > deadline:
+                error = Overloaded("The model would not get to this request in time.", wait)
+                raise self._refusal("deadline", error)
 
     def _refusal(self, reason: RejectReason, error: ServiceError) -> ServiceError:
         self._metrics.rejected(reason)

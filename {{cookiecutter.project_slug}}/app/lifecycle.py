@@ -5,6 +5,7 @@ import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from time import monotonic
 from typing import Any, Protocol
 
 from app.errors import ServiceError, StartupError
@@ -46,7 +47,7 @@ class LoadCount(Protocol):
 
 
 class Lifecycle:
-    """Times are seconds on the event loop's clock."""
+    """Times are seconds of `time.monotonic`."""
 
     def __init__(self, repository: ModelRepository, settings: Settings) -> None:
         self.phase = Phase.LOADING
@@ -152,7 +153,7 @@ class Lifecycle:
         request time-out, when every caller sees 504, is not ready.
         """
         test = self._tests[model.name]
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         if now - model.last_success < self._settings.ready_cache_s:
             return None
         if now - test.finished < self._settings.ready_cache_s:
@@ -174,5 +175,5 @@ class Lifecycle:
         except ServiceError as error:
             test.fault = error.detail
         finally:
-            test.finished = asyncio.get_running_loop().time()
+            test.finished = monotonic()
             test.task = None

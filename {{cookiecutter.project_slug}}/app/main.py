@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from app import metrics
-from app.api.middleware import ApiKeys, DirectRoutes, RequestContext, RequireApiKey
+from app.api.keys import ApiKeys, RequireApiKey
+from app.api.middleware import RequestContext
 from app.api.models import add_model_routes
 from app.api.openapi import document
 from app.api.predict import add_predict_routes
@@ -55,5 +56,5 @@ def create_app(settings: Settings | None = None) -> RequestContext:
 
     app.add_middleware(RequireApiKey, keys=keys)
     metrics.instrument(app)
-    by_path = {route.path: route for route in direct}
-    return RequestContext(DirectRoutes(app, by_path), lifecycle, AccessLog(settings))
+    routes = {route.path: route for route in direct}
+    return RequestContext(app, routes, lifecycle, AccessLog(settings))

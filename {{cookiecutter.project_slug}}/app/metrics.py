@@ -1,10 +1,9 @@
 """Prometheus metrics: of requests by route, of batches by model."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 from fastapi import FastAPI
-from prometheus_client import Counter, Gauge, Histogram, Summary
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 
@@ -19,8 +18,6 @@ _durations = Histogram(
     ["method", "handler"],
     buckets=LATENCY_BUCKETS_S,
 )
-_request_sizes = Summary("http_request_size_bytes", "Bodies of requests.", ["handler"])
-_response_sizes = Summary("http_response_size_bytes", "Bodies of answers.", ["handler"])
 
 _MODEL = ["model", "version"]
 _outcomes = Counter("inference_requests_total", "Requests to a model.", [*_MODEL, "outcome"])
@@ -78,18 +75,14 @@ class RouteMetrics:
         self._labels = (method, handler)
         self._ok = _requests.labels(method, handler, "200")
         self._durations = _durations.labels(method, handler)
-        self._request_sizes = _request_sizes.labels(handler)
-        self._response_sizes = _response_sizes.labels(handler)
 
-    def ended(self, status: int, seconds: float, received: int, sent: int) -> None:
-        """A request was answered; `received` and `sent` are bytes of the bodies."""
+    def ended(self, status: int, seconds: float) -> None:
+        """A request was answered."""
         if status == 200:
             self._ok.inc()
         else:
             _requests.labels(*self._labels, str(status)).inc()
         self._durations.observe(seconds)
-        self._request_sizes.observe(received)
-        self._response_sizes.observe(sent)
 
 
 def instrument(app: FastAPI) -> None:
@@ -105,11 +98,3 @@ def _observe(info: Info) -> None:
     handler = info.modified_handler
     _requests.labels(info.method, handler, info.modified_status).inc()
     _durations.labels(info.method, handler).observe(info.modified_duration)
-    _request_sizes.labels(handler).observe(_content_length(info.request.headers))
-    headers = info.response.headers if info.response else {}
-    _response_sizes.labels(handler).observe(_content_length(headers))
-
-
-def _content_length(headers: Mapping[str, str]) -> int:
-    length = headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else 0

@@ -16,7 +16,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Provider = Literal["cpu", "cuda"]
 
 
-class BaseFeatures(BaseModel):
+class BaseFeatures(BaseModel):  # noqa: PLW1641 - pydantic makes the hash of a frozen model
     """One row of input; subclass it as `Features`.
 
     Validation is strict: a string is not a number, true is not 1, NaN and infinity are
@@ -24,6 +24,18 @@ class BaseFeatures(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal; arrays are if all of their numbers are."""
+        if type(other) is not type(self):
+            return NotImplemented
+        fields = zip(self.__dict__.values(), other.__dict__.values(), strict=True)
+        return all(_are_equal(mine, theirs) for mine, theirs in fields)
+
+
+def _are_equal(mine: Any, theirs: Any) -> bool:
+    equal = mine == theirs
+    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
 
 
 class BasePrediction(BaseModel):

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 
 from app import artifacts
@@ -51,9 +51,6 @@ class ServedModel:
         self.metrics: ModelMetrics | None = None
         """From when it is loaded."""
 
-        self.last_success = float("-inf")
-        """When a prediction last worked, in seconds on the event loop's clock."""
-
         self.on_lost: Callable[[str], None] = log.critical
         """Called when nothing that runs in this process can be expected to work any more."""
 
@@ -66,6 +63,11 @@ class ServedModel:
     @property
     def version(self) -> str | None:
         return self.artifact.version if self.artifact else None
+
+    @property
+    def last_success(self) -> float:
+        """When a prediction last worked, by `monotonic`."""
+        return self._runner.last_success
 
     @property
     def provider(self) -> Provider | None:
@@ -197,9 +199,9 @@ class ServedModel:
             raise NotReady(f"Model {self.name} is {self.state}.")
         return self._collector
 
-    async def predict(
+    def predict(
         self, rows: Sequence[BaseFeatures], deadline: float, priority: int = 0
-    ) -> Sequence[Outcome]:
+    ) -> Awaitable[Sequence[Outcome]]:
         """The outcomes of `rows`, in order; they may share a batch with those of other callers.
 
         Raises:
@@ -207,11 +209,8 @@ class ServedModel:
         """
         collector = self._accepting()
         if self._has_shapes:
-            outcomes = await self._predict_by_shape(collector, rows, deadline, priority)
-        else:
-            outcomes = await collector.submit(rows, deadline, priority=priority)
-        self.last_success = monotonic()
-        return outcomes
+            return self._predict_by_shape(collector, rows, deadline, priority)
+        return collector.submit(rows, deadline, priority=priority)
 
     async def _predict_by_shape(
         self,

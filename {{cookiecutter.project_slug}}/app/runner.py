@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-import resource
-import sys
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter, thread_time
+from time import monotonic, perf_counter, thread_time
 from typing import Any
 
 from app.errors import ModelLost, PredictionFailed
@@ -32,48 +31,38 @@ INLINE_BELOW_S = 0.001
 takes a tenth of that when nothing else goes on; when the loop is busy the thread waits for the
 interpreter's lock, of which a switch takes 5 ms (sys.getswitchinterval)."""
 
-STALL_S = 0.01
-"""A run on the event loop that takes longer sends the model back to its thread."""
+LOCK_WAIT_S = 0.02
+"""A run on a thread may have waited so long for the interpreter's lock, which is not its fault;
+one that takes longer has waited for something else."""
 
-TRUST_RUNS = 100
-MAX_TRUST_RUNS = 10_000
+MEMORY_RUNS = 100
+"""Runs over which the time that they take is averaged."""
 
 
-class Trust:
-    """Whether a model that was cheap at warm-up may hold up the event loop.
+class Pace:
+    """Whether batches are quick enough, on average, to be run on the event loop.
 
-    It can be quick with its example and slow with what callers send. So it has to show
-    `TRUST_RUNS` runs without a stall on its thread first, after each stall twice as many, and is
-    forgiven after `MAX_TRUST_RUNS`.
+    A model can be quick with its example and slow with what callers send. So it is not taken for
+    quick before `MEMORY_RUNS` real batches were, and a long run counts for as many as it held up.
     """
 
     def __init__(self) -> None:
-        self._asked = TRUST_RUNS
-        self._runs = 0
+        self._mean = INLINE_BELOW_S * math.e
 
     @property
-    def is_earned(self) -> bool:
-        return self._runs >= self._asked
+    def is_quick(self) -> bool:
+        return self._mean < INLINE_BELOW_S
 
-    def ran(self, run: "Run") -> None:
-        if run.stalled:
-            self._asked = min(2 * self._asked, MAX_TRUST_RUNS)
-            self._runs = 0
-            return
-        self._runs += 1
-        if self._runs == self._asked + MAX_TRUST_RUNS:
-            self._asked = self._runs = TRUST_RUNS
+    def ran(self, seconds: float) -> None:
+        self._mean += (seconds - self._mean) / MEMORY_RUNS
 
 
 @dataclass(slots=True)
 class Run:
-    """How a call of `predict` went."""
+    """How a call of `predict` on a thread went."""
 
     outcomes: Sequence[Outcome]
     seconds: float
-    stalled: bool
-    """Whether it took too long by what it did: it computed, or it waited for something. That
-    others had the CPU meanwhile, as when a container has used up its quota, is not its doing."""
 
 
 class Instance:
@@ -124,8 +113,10 @@ class Runner:
         self.slots = len(self._instances) * (2 if is_pipelined else 1)
         """Batches that may be under way: of each instance one, and one more in preparation."""
 
-        self.trust = Trust()
+        self.pace = Pace()
         self.may_run_inline = False
+        self.last_success = float("-inf")
+        """When a batch last worked, by `monotonic`."""
 
     @property
     def predictor(self) -> Predictor:
@@ -147,7 +138,7 @@ class Runner:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Sequence[Outcome]] = loop.create_future()
         instance = min(self._instances, key=lambda instance: instance.running)
-        if self.may_run_inline and self.trust.is_earned and not instance.running:
+        if self.may_run_inline and self.pace.is_quick and not instance.running:
             self._run_inline(instance.predictor, rows, answer)
         else:
             instance.running += 1
@@ -158,17 +149,17 @@ class Runner:
     def _run_inline(
         self, predictor: Predictor, rows: Rows, answer: asyncio.Future[Sequence[Outcome]]
     ) -> None:
+        started = perf_counter()
         try:
-            ran = _timed(partial(run, predictor, rows))
+            answer.set_result(run(predictor, rows))
+            self.last_success = monotonic()
         except PredictionFailed as error:
             self._fail(answer, error)
-            return
-        self.trust.ran(ran)
-        answer.set_result(ran.outcomes)
-        if ran.stalled:
+        self.pace.ran(seconds := perf_counter() - started)
+        if not self.pace.is_quick:
             log.warning(
                 "a batch held up the event loop for %.0f ms; the model goes back to its thread",
-                ran.seconds * 1000,
+                seconds * 1000,
             )
 
     def _fail(self, answer: asyncio.Future[Sequence[Outcome]], error: BaseException) -> None:
@@ -191,7 +182,8 @@ class Runner:
             self._fail(answer, error)
         else:
             ran = running.result()
-            self.trust.ran(ran)
+            self.pace.ran(ran.seconds)
+            self.last_success = monotonic()
             answer.set_result(ran.outcomes)
 
     def close(self) -> None:
@@ -228,15 +220,7 @@ def _checked(
 
 
 def _timed(predict: Callable[[], Sequence[Outcome]]) -> Run:
-    waits, computed, started = _waits(), thread_time(), perf_counter()
+    computed, started = thread_time(), perf_counter()
     outcomes = predict()
     seconds = perf_counter() - started
-    stalled = seconds > STALL_S and (thread_time() - computed > STALL_S or _waits() > waits)
-    return Run(outcomes, seconds, stalled)
-
-
-def _waits() -> float:
-    """How often this thread has given up the CPU of its own accord. Linux alone counts that."""
-    if sys.platform != "linux":
-        return perf_counter()
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    return Run(outcomes, seconds if seconds > LOCK_WAIT_S else thread_time() - computed)

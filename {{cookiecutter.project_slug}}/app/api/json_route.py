@@ -7,23 +7,22 @@ what JSON has not: NaN and Infinity.
 
 import asyncio
 import re
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Annotated, Any
 
 from fastapi import Depends, Header
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
-from app.api.problems import problem_response
 from app.deadlines import Deadlines
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
     FieldError,
-    ServiceError,
     UnsupportedMediaType,
     invalid_fields,
     invalid_input,
@@ -44,6 +43,10 @@ Headers = Mapping[bytes, bytes]
 """By name in lower case; of a header that is repeated, the last."""
 
 Task = asyncio.Task[Any]
+Parse = Callable[[bytes], BaseModel]
+
+RAW_MEDIA_TYPE = b"application/octet-stream"
+"""Of a body that is the numbers of the only feature; see app.tensor."""
 
 
 @dataclass(slots=True)
@@ -54,10 +57,14 @@ class Call:
     started: float
     """When its header was there, by `perf_counter`."""
 
-    deadline: float
-    """In seconds on the event loop's clock."""
+    headers: Headers
+    state: dict[str, Any]
+    """ASGI's, shared with app.protocol."""
 
-    priority: int
+    deadline: float = 0
+    """By `monotonic`."""
+
+    priority: int = DEFAULT_PRIORITY
 
 
 def _documented(
@@ -84,7 +91,7 @@ class ClientLeft(Exception):
 
 
 class JsonRoute:
-    """Answers one path as ASGI: reads the body into `body_model`, and calls `endpoint`.
+    """Answers one path: reads the body into `body_model`, and calls `endpoint`.
 
     Args:
         admit: called with the headers and the deadline before the body is read; may refuse.
@@ -100,73 +107,44 @@ class JsonRoute:
     ) -> None:
         self.path = path
         self._endpoint = endpoint
-        self._body_model = body_model
+        self._parse: Parse = body_model.model_validate_json
+        self._parse_raw: Parse | None = None
+        # Imported by the predictors that have arrays; the service itself does without NumPy.
+        if "app.tensor" in sys.modules:
+            self._parse_arrays(body_model)
         self._timeout_s = settings.request_timeout_s
         self._max_body_bytes = settings.max_body_bytes
         self._admit = admit
-        self._metrics = RouteMetrics("POST", path)
+        self.metrics = RouteMetrics("POST", path)
         self._reading: Deadlines[Task] = Deadlines(self._stop_reading)
         self._late: set[Task] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = perf_counter()
-        request_id: str = scope["state"]["request_id"]
-        status, received, content = 500, b"", b""
-        try:
-            headers = dict(scope["headers"])
-            deadline = monotonic() + self._timeout(headers)
-            self._admit(headers, deadline)
-            require_json(headers)
-            task = asyncio.current_task()
-            assert task  # noqa: S101
-            received = await self._read(receive, headers, deadline, task)
-            call = Call(request_id, started, deadline, _priority(headers))
-            content = await self._answer(received, call, scope, task)
-            status = 200
-            await _send_json(send, status, content)
-        except ServiceError as error:
-            status = error.status.value
-            await problem_response(error, request_id)(scope, receive, send)
-        except ClientLeft:
-            status = CLIENT_LEFT
-            await _send_json(send, status, b"")
-        finally:
-            self._metrics.ended(status, perf_counter() - started, len(received), len(content))
+    def _parse_arrays(self, body_model: type[BaseModel]) -> None:
+        from app.tensor import raw_field  # noqa: PLC0415
+        from app.tensor_parser import parser_for  # noqa: PLC0415
 
-    def _timeout(self, headers: Headers) -> float:
-        given = headers.get(b"x-request-timeout-ms")
-        if given is None:
-            return self._timeout_s
-        if not given.isdigit() or len(given) > 9 or int(given) == 0:
-            message = "Input should be a whole number of milliseconds, from 1 to 999999999"
-            raise invalid_fields([FieldError(field=TIMEOUT, message=message)])
-        return min(int(given) / 1000, self._timeout_s)
+        self._parse = parser_for(body_model) or self._parse
+        features: Any = getattr(body_model.model_fields.get("features"), "annotation", None)
+        raw = raw_field(features) if features else None
+        if raw:
+            self._parse_raw = lambda body: body_model.model_construct(features=raw.read(body))
 
-    async def _read(self, receive: Receive, headers: Headers, deadline: float, task: Task) -> bytes:
-        self._reading.add(task, deadline)
-        try:
-            return await read_body(receive, headers, self._max_body_bytes)
-        except asyncio.CancelledError:
-            if task not in self._late:
-                raise
-            self._late.discard(task)
-            task.uncancel()
-            raise BodyTimeout("The body did not arrive in time.") from None
-        finally:
-            self._reading.discard(task)
+    async def answer(self, call: Call, receive: Receive) -> bytes:
+        """The JSON of the answer.
 
-    def _stop_reading(self, task: Task) -> None:
-        self._late.add(task)
-        task.cancel()
-
-    async def _answer(self, content: bytes, call: Call, scope: Scope, task: Task) -> bytes:
-        """
         Raises:
-            ServiceError: the body is invalid, or the endpoint raised it.
-            ClientLeft: the client did, and the endpoint was cancelled.
+            ServiceError: the request is refused, or the endpoint raised it.
+            ClientLeft: there is nobody to answer any more.
         """
+        call.deadline = monotonic() + self._timeout(call.headers)
+        call.priority = _priority(call.headers)
+        self._admit(call.headers, call.deadline)
+        parse = self._parser(call.headers)
+        task = asyncio.current_task()
+        assert task  # noqa: S101
+        content = await self._read(receive, call, task)
         try:
-            body = self._body_model.model_validate_json(content)
+            body = parse(content)
         except ValidationError as error:
             raise invalid_input(error) from None
         has_left = False
@@ -177,15 +155,75 @@ class JsonRoute:
             task.cancel()
 
         # app.protocol calls it.
-        scope["state"]["on_disconnect"] = leave
+        call.state["on_disconnect"] = leave
         try:
-            answer = await self._endpoint(body, call)
+            return to_json(await self._endpoint(body, call), by_alias=True)
         except asyncio.CancelledError:
             if not has_left:
                 raise
             task.uncancel()
             raise ClientLeft from None
-        return to_json(answer, by_alias=True)
+
+    def _parser(self, headers: Headers) -> Parse:
+        """
+        Raises:
+            UnsupportedMediaType: the body is not declared as something that can be read.
+        """
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise UnsupportedMediaType("Send the body without Content-Encoding.")
+        content_type = headers.get(b"content-type", b"")
+        if self._parse_raw and content_type == RAW_MEDIA_TYPE:
+            return self._parse_raw
+        if not is_json(content_type):
+            raise UnsupportedMediaType("Send JSON in UTF-8, with Content-Type: application/json.")
+        return self._parse
+
+    def _timeout(self, headers: Headers) -> float:
+        given = headers.get(b"x-request-timeout-ms")
+        if given is None:
+            return self._timeout_s
+        if not given.isdigit() or len(given) > 9 or int(given) == 0:
+            message = "Input should be a whole number of milliseconds, from 1 to 999999999"
+            raise invalid_fields([FieldError(field=TIMEOUT, message=message)])
+        return min(int(given) / 1000, self._timeout_s)
+
+    async def _read(self, receive: Receive, call: Call, task: Task) -> bytes:
+        """The whole body.
+
+        Raises:
+            BodyTooLarge: it has more bytes than are allowed; at most that many were read.
+            BodyTimeout: it was not there by the deadline.
+            ClientLeft: the client did.
+        """
+        too_large = f"The body is over {self._max_body_bytes} bytes."
+        declared = call.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._max_body_bytes:
+            raise BodyTooLarge(too_large)
+        content = b""
+        more = True
+        self._reading.add(task, call.deadline)
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                content += message.get("body", b"")
+                if len(content) > self._max_body_bytes:
+                    raise BodyTooLarge(too_large)
+                more = message.get("more_body", False)
+        except asyncio.CancelledError:
+            if task not in self._late:
+                raise
+            self._late.discard(task)
+            task.uncancel()
+            raise BodyTimeout("The body did not arrive in time.") from None
+        finally:
+            self._reading.discard(task)
+        return content
+
+    def _stop_reading(self, task: Task) -> None:
+        self._late.add(task)
+        task.cancel()
 
 
 def _priority(headers: Headers) -> int:
@@ -195,52 +233,12 @@ def _priority(headers: Headers) -> int:
     return int(found[1]) if found else DEFAULT_PRIORITY
 
 
-async def _send_json(send: Send, status: int, content: bytes) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
-
-
-def require_json(headers: Headers) -> None:
-    """
-    Raises:
-        UnsupportedMediaType: the body is not declared as plain JSON in UTF-8.
-    """
-    content_type = headers.get(b"content-type", b"")
-    if content_type != b"application/json":
-        media_type, *parameters = content_type.decode("latin-1").lower().split(";")
-        is_json = media_type.strip() == "application/json" or media_type.strip().endswith("+json")
-        charsets = [value.strip() for value in parameters if value.strip().startswith("charset=")]
-        is_utf8 = all(value.strip('charset="') in ("utf-8", "utf8") for value in charsets)
-        if not is_json or not is_utf8:
-            raise UnsupportedMediaType("Send JSON in UTF-8, with Content-Type: application/json.")
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise UnsupportedMediaType("Send the body without Content-Encoding.")
-
-
-async def read_body(receive: Receive, headers: Headers, limit: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        BodyTooLarge: it has more than `limit` bytes; at most that much was read.
-        ClientLeft: the client did.
-    """
-    declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLarge(f"The body is over {limit} bytes.")
-    chunks: list[bytes] = []
-    received = 0
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        chunks.append(message.get("body", b""))
-        received += len(chunks[-1])
-        if received > limit:
-            raise BodyTooLarge(f"The body is over {limit} bytes.")
-        more = message.get("more_body", False)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+def is_json(content_type: bytes) -> bool:
+    """Whether it says plain JSON in UTF-8."""
+    if content_type == b"application/json":
+        return True
+    media_type, *parameters = content_type.decode("latin-1").lower().split(";")
+    charsets = [value.strip() for value in parameters if value.strip().startswith("charset=")]
+    is_utf8 = all(value.strip('charset="') in ("utf-8", "utf8") for value in charsets)
+    is_plain = media_type.strip() == "application/json" or media_type.strip().endswith("+json")
+    return is_plain and is_utf8

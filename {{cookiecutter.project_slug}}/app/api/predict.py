@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
 
 from app import inference
 from app.api.json_route import Call, CallParameter, Endpoint, Headers, JsonRoute
-from app.api.middleware import ApiKeys
+from app.api.keys import ApiKeys
 from app.api.problems import problems
 from app.errors import FieldError, invalid_fields
 from app.predictor import BaseFeatures, BasePrediction, ItemError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.batching import MAX_RERUNS, Collector, Limits
-from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
 from app.waiting import FixedWindow, LearnedReturns, WaitPolicy
 
@@ -41,7 +41,9 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 class Model:
-    """Takes `seconds` for a batch, or until `gate` is set; fails where a row is "poison"."""
+    """Takes a time for a batch; fails where a row is "poison" or there are more than `memory`."""
+
+    memory = 1000
 
     def __init__(self, fixed: float = 1.0, per_row: float = 0.0) -> None:
         self.batches: list[list[Any]] = []
@@ -60,6 +62,8 @@ class Model:
             await asyncio.sleep(self._fixed + self._per_row * len(rows))
         finally:
             self.running -= 1
+        if len(rows) > self.memory:
+            raise OutOfMemory("no memory")
         if "poison" in rows:
             raise PredictionFailed("poisoned")
         return [f"{row}!" for row in rows]
@@ -270,6 +274,78 @@ class TestFailing:
         run(test())
 
 
+class TestMemory:
+    """A model that runs out of it is asked for less."""
+
+    def test_the_batch_is_run_again_in_halves_and_later_ones_are_smaller(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 5
+            collecting = collector(model, max_rows=8)
+            # One request goes across the halves.
+            requests = [submit(collecting, *"abc"), submit(collecting, *"defgh")]
+            assert await asyncio.gather(*requests) == [
+                ["a!", "b!", "c!"],
+                ["d!", "e!", "f!", "g!", "h!"],
+            ]
+            assert [len(batch) for batch in model.batches] == [8, 4, 4]
+            assert await submit(collecting, *range(6)) == [f"{row}!" for row in range(6)]
+            assert [len(batch) for batch in model.batches[3:]] == [4, 2]
+
+        run(test())
+
+    def test_it_is_tried_once(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 1
+            collecting = collector(model, max_rows=8)
+            with pytest.raises(PredictionFailed):
+                await submit(collecting, *range(8))
+            assert [len(batch) for batch in model.batches] == [8, 4]
+            # It gets there in the end.
+            for _ in range(2):
+                await asyncio.wait([submit(collecting, *range(8))])
+            assert await submit(collecting, *range(8)) == [f"{row}!" for row in range(8)]
+
+        run(test())
+
+    def test_one_row_that_is_too_large_fails_and_changes_nothing(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 0
+            collecting = collector(model)
+            with pytest.raises(PredictionFailed, match="no memory"):
+                await submit(collecting, "a")
+            assert collecting.limits.max_rows == 4
+
+        run(test())
+
+
+class TestAllowedSizes:
+    @pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])
+    def test_a_batch_is_filled_up_to_the_next(self, rows: int, size: int) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=8, allowed_sizes=(1, 4, 8))
+            answer = await submit(collecting, *range(rows))
+            assert answer == [f"{row}!" for row in range(rows)]
+            assert [len(batch) for batch in model.batches] == [size]
+
+        run(test())
+
+    def test_memory_leaves_the_smaller_ones(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 4
+            collecting = collector(model, max_rows=8, allowed_sizes=(1, 3, 8))
+            answer = await submit(collecting, *range(7))
+            assert answer == [f"{row}!" for row in range(7)]
+            assert [len(batch) for batch in model.batches] == [8, 3, 3, 1]
+            assert collecting.limits.max_rows == 3
+
+        run(test())
+
+
 class TestOverload:
     def test_a_full_queue_refuses_and_says_when_to_come_back(self) -> None:
         async def test() -> None:
@@ -312,6 +388,17 @@ class TestOverload:
                 await submit(collecting, "b", deadline=5.0)
             await first
             assert model.batches == [["a"]]
+
+        run(test())
+
+    def test_what_expires_in_a_batch_is_told_so_in_time_and_spares_the_others(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=10))
+            hasty, patient = submit(collecting, "a", deadline=5.0), submit(collecting, "b")
+            with pytest.raises(DeadlineExceeded):
+                await hasty
+            assert asyncio.get_running_loop().time() == 5
+            assert await patient == ["b!"]
 
         run(test())
 

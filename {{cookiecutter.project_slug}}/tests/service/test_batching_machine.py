@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from app.batching import Collector, Limits
-from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
 from app.waiting import FixedWindow, LearnedReturns
 from tests.service.test_batching import JumpingSelector
@@ -27,6 +27,7 @@ class Callers(RuleBasedStateMachine):
         self.loop = asyncio.SelectorEventLoop(self.selector)
         self.loop.time = lambda: self.selector.now  # type: ignore[method-assign]
         self.seconds = 1.0
+        self.memory = MAX_ROWS
         self.next_row = 0
         self.poison: set[int] = set()
         self.seen: set[int] = set()
@@ -57,6 +58,8 @@ class Callers(RuleBasedStateMachine):
         for row in set(rows) - self.seen:
             assert self.loop.time() < self.deadlines[row], "the model was given what is too late"
         self.seen |= set(rows)
+        if len(rows) > self.memory:
+            raise OutOfMemory("no memory")
         await asyncio.sleep(self.seconds)
         if self.poison & set(rows):
             raise PredictionFailed("poisoned")
@@ -81,6 +84,10 @@ class Callers(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.001, 0.1, 1.0, 5.0]))
     def change_speed(self, seconds: float) -> None:
         self.seconds = seconds
+
+    @rule(rows=st.sampled_from([MAX_ROWS // 2, MAX_ROWS]))
+    def change_memory(self, rows: int) -> None:
+        self.memory = rows
 
     @rule(
         count=st.integers(1, 10),

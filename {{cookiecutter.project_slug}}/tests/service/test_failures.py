@@ -90,7 +90,7 @@ class TestSlowModel:
                 others = [pool.submit(service.predict, "gate", pipe="/dev/null") for _ in range(8)]
                 service.wait_until(lambda: sum(other.done() for other in others) == 5)
                 gate.write("go")
-            assert first.result().json()["prediction"] == {"x": 1, "said": "go"}
+            assert first.result().json()["prediction"]["said"] == "go"
             answers = [other.result() for other in others]
         refused = [answer for answer in answers if answer.status_code != 200]
         assert len(refused) == 5

@@ -38,7 +38,7 @@ def test_a_request_under_way_is_answered_and_a_new_one_refused(start: Start, pip
             wait_until_refused(service)
             gate.write("go")
         answer = request.result()
-    assert answer.json()["prediction"] == {"x": 5, "said": "go"}
+    assert answer.json()["prediction"]["said"] == "go"
     assert answer.headers["connection"] == "close"
     assert service.exit_code() == 0
     assert service.log_lines("stopped"), "the lifespan was not ended"

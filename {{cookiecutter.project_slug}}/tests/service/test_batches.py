@@ -1,0 +1,189 @@
+"""Batches as callers and operators see them: deadlines, priorities, hang-ups, shapes, metrics."""
+
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.service.server import FAKES, Service, Start, assert_problem, publish
+
+GATE = "/v1/models/gate/predict"
+
+
+def sample(service: Service, name: str, **labels: str) -> float:
+    """The value of a metric."""
+    inner = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+    text = service.client.get("/metrics").text
+    found = re.search(rf"^{name}{{{re.escape(inner)}}} (\S+)$", text, flags=re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def post_gate(service: Service, pipe: str, **headers: str) -> httpx.Response:
+    body = {"features": {"pipe": pipe}}
+    return httpx.post(f"{service.url}{GATE}", json=body, headers=headers, timeout=60)
+
+
+class TestDeadline:
+    def test_a_caller_may_shorten_it(self, service: Service, pipe: Path) -> None:
+        with ThreadPoolExecutor() as pool:
+            held = pool.submit(post_gate, service, str(pipe))
+            with pipe.open("w"):
+                answer = post_gate(service, "/dev/null", **{"X-Request-Timeout-Ms": "50"})
+                assert_problem(answer, 504)
+        assert held.result().status_code == 200
+
+    def test_but_not_lengthen_it(self, start: Start, pipe: Path) -> None:
+        service = start(REQUEST_TIMEOUT_S=1).wait_for("/ready")
+        with ThreadPoolExecutor() as pool:
+            headers = {"X-Request-Timeout-Ms": "60000"}
+            held = pool.submit(post_gate, service, str(pipe), **headers)
+            with pipe.open("w"):
+                assert_problem(held.result(), 504)
+
+    @pytest.mark.parametrize("given", ["soon", "-1", "0", "1.5", "1e3", "", "9" * 20])
+    def test_nonsense_is_named(self, service: Service, given: str) -> None:
+        problem = assert_problem(
+            post_gate(service, "/dev/null", **{"X-Request-Timeout-Ms": given}), 422
+        )
+        assert problem["errors"][0]["field"] == "X-Request-Timeout-Ms"
+        if given:
+            assert given not in problem["errors"][0]["message"]
+
+
+def queue_is(service: Service, rows: int) -> bool:
+    return sample(service, "inference_queue_depth", model="gate", version="1") == rows
+
+
+def test_the_urgent_go_first(start: Start, pipe: Path) -> None:
+    service = start(BATCH_MAX_ROWS=1).wait_for("/ready")
+    # By RFC 9218: the default is u=3, and what makes no sense counts as that.
+    priorities = ["u=7", "u=9, i", "u=1;a", "i, u=0", "u=3"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(post_gate, service, str(pipe))
+        with pipe.open("w"):
+            others = []
+            for waiting, priority in enumerate(priorities, 1):
+                headers = {"Priority": priority}
+                others.append(pool.submit(post_gate, service, "/dev/null", **headers))
+                service.wait_until(partial(queue_is, service, waiting))
+        numbers = [answer.result().json()["prediction"]["number"] for answer in others]
+    begin = first.result().json()["prediction"]["number"]
+    assert [number - begin for number in numbers] == [5, 3, 2, 1, 4]
+
+
+def test_what_a_caller_hung_up_on_never_reaches_the_model(
+    service: Service, pipe: Path, tmp_path: Path
+) -> None:
+    def cancelled() -> float:
+        labels = {"model": "gate", "version": "1", "outcome": "cancelled"}
+        return sample(service, "inference_requests_total", **labels)
+
+    before, failures = cancelled(), len(service.log_lines("prediction failed"))
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(post_gate, service, str(pipe))
+        with pipe.open("w"):
+            body = f'{{"features": {{"pipe": "{tmp_path / "missing"}"}}}}'.encode()
+            head = (
+                f"POST {GATE} HTTP/1.1\r\nHost: x\r\nX-Request-ID: hung-up\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            ).encode()
+            with socket.create_connection(("127.0.0.1", service.port)) as connection:
+                connection.sendall(head + body)
+                service.wait_until(partial(queue_is, service, 1))
+            service.wait_until(lambda: service.log_lines_of("hung-up", "request"))
+            assert service.log_lines_of("hung-up", "request")[0]["status"] == 499
+        assert held.result().status_code == 200
+    # Had it reached the model, that would have failed for want of the file.
+    assert post_gate(service, "/dev/null").status_code == 200
+    assert len(service.log_lines("prediction failed")) == failures
+    assert cancelled() == before + 1
+
+
+def test_only_rows_of_one_shape_share_a_batch(start: Start, tmp_path: Path) -> None:
+    source = (FAKES / "double.py").read_text(encoding="utf-8")
+    source = source.replace(
+        "    def predict(",
+        """    def shape_key(self, row: Features) -> int:
+        return len(row.note)
+
+    def predict(""",
+    ).replace(
+        "        return [",
+        "        assert len({len(row.note) for row in batch}) == 1\n        return [",
+    )
+    (tmp_path / "double.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "double", factor_txt=b"2")
+    service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path).wait_for("/ready")
+    rows = [{"x": number, "note": "n" * (number % 3)} for number in range(10)]
+    answer = service.client.post("/v1/predict/batch", json={"instances": rows})
+    assert [row["y"] for row in answer.json()["predictions"]] == [2 * n for n in range(10)]
+    assert sample(service, "inference_batch_size_sum", model="double", version="1") >= 10
+    assert not service.log_lines("prediction failed")
+
+
+def test_sizes_that_are_allowed_are_all_run_at_the_start_and_no_others(
+    start: Start, tmp_path: Path
+) -> None:
+    source = (FAKES / "double.py").read_text(encoding="utf-8")
+    source = source.replace(
+        "    def predict(",
+        "    allowed_batch_sizes = (1, 4, 6)\n    sizes: set[int] = set()\n\n    def predict(",
+    ).replace(
+        "        return [",
+        """        self.sizes.add(len(batch))
+        assert len(batch) in self.allowed_batch_sizes
+        if any(row.note == "sizes" for row in batch):
+            return [Prediction(y=float("".join(map(str, sorted(self.sizes))))) for _ in batch]
+        return [""",
+    )
+    (tmp_path / "double.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "double", factor_txt=b"2")
+    service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path).wait_for("/ready")
+    assert service.predict("double", x=1, note="sizes").json()["prediction"]["y"] == 146
+    for count in range(1, 20):
+        rows = [{"x": number} for number in range(count)]
+        answer = service.client.post("/v1/predict/batch", json={"instances": rows})
+        assert [row["y"] for row in answer.json()["predictions"]] == [2 * n for n in range(count)]
+
+
+def test_a_lost_device_is_told_and_the_process_is_replaced(start: Start, tmp_path: Path) -> None:
+    source = (FAKES / "faulty.py").read_text(encoding="utf-8")
+    lost = 'RuntimeError("CUDA error: an illegal memory access was encountered")'
+    source = source.replace('int("the password is swordfish")', f"(_ for _ in ()).throw({lost})")
+    (tmp_path / "faulty.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "faulty", none=b"")
+    service = start(
+        PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path, DEFAULT_MODEL="faulty"
+    ).wait_for("/ready")
+    assert_problem(service.predict("faulty", fault="raise"), 503)
+    service.wait_until(lambda: len(service.log_lines("model ready")) == 2)
+    assert service.wait_for("/ready").post_alone(
+        "/v1/predict", {"features": {"fault": "none"}}
+    ).json()["prediction"] == {"y": 1}
+    [line] = [line for line in service.log_lines() if line["level"] == "critical"]
+    assert "faulty" in line["event"]
+
+
+def test_batches_are_measured(start: Start) -> None:
+    # Not /ready, which asks the models, too.
+    service = start().wait_for("/startup")
+    rows: list[dict[str, Any]] = [{"x": number} for number in range(40)]
+    assert service.client.post("/v1/predict/batch", json={"instances": rows}).status_code == 200
+    faults = [{"fault": "item"}]
+    service.client.post("/v1/models/faulty/predict/batch", json={"instances": faults})
+    service.predict("faulty", fault="raise")
+    labels = {"model": "double", "version": "1"}
+    assert sample(service, "inference_requests_total", **labels, outcome="ok") == 1
+    assert sample(service, "inference_batch_size_sum", **labels) == 40
+    assert sample(service, "inference_batch_size_count", **labels) == 2
+    assert sample(service, "inference_compute_seconds_count", **labels) == 2
+    assert sample(service, "inference_queue_wait_seconds_count", **labels) == 1
+    assert sample(service, "inference_batch_max_rows", **labels) == 32
+    labels["model"] = "faulty"
+    assert sample(service, "inference_requests_total", **labels, outcome="invalid") == 1
+    assert sample(service, "inference_requests_total", **labels, outcome="failed") == 1
