@@ -11,12 +11,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import chain
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from app.deadlines import Deadlines
 from app.errors import (
@@ -28,7 +28,7 @@ from app.errors import (
     ServiceError,
 )
 from app.metrics import ModelMetrics, RejectReason
-from app.waiting import BatchCost, WaitPolicy
+from app.waiting import MEMORY, WaitPolicy
 
 log = logging.getLogger(__name__)
 
@@ -81,21 +81,16 @@ class _Request(Generic[RowT, OutcomeT]):
     """By order of arrival."""
 
     queued: float
-    future: asyncio.Future[list[OutcomeT]]
-    bound: int = 0
-    """Rows that are in a batch, or were."""
+    future: asyncio.Future[Sequence[OutcomeT]]
+    waiting: int
+    """Rows that are in no batch yet."""
 
     answered: int = 0
-    outcomes: dict[int, Sequence[OutcomeT]] = field(default_factory=dict)
+    outcomes: dict[int, Sequence[OutcomeT]] | None = None
     """By the number of their first row; batches may end in another order than they began."""
 
-    @property
-    def waiting(self) -> int:
-        return len(self.rows) - self.bound
 
-
-@dataclass(frozen=True, slots=True)
-class _Part(Generic[RowT, OutcomeT]):
+class _Part(NamedTuple, Generic[RowT, OutcomeT]):
     """The rows of a request that are in one batch."""
 
     request: _Request[RowT, OutcomeT]
@@ -135,7 +130,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self.state = State.ACCEPTING
         self.limits = limits
         self.rows_waiting = 0
-        self.cost = BatchCost()
+        self.cost = policy.cost
         self._run = run
         self._policy = policy
         self._metrics = metrics
@@ -154,6 +149,13 @@ class Collector(Generic[RowT, OutcomeT]):
 
         self._count = 0
         self._free_since = 0.0
+        self._started = 0.0
+        self._is_backlogged = False
+        """Whether the last batch left behind enough rows for another."""
+
+        self._turnaround = 0.0
+        """Smoothed time from one batch to the next with a backlog: what a batch costs, and what
+        is done in between. Zero without one."""
 
     @property
     def is_idle(self) -> bool:
@@ -162,7 +164,8 @@ class Collector(Generic[RowT, OutcomeT]):
     def expected_wait(self) -> float:
         """How long a request that came now would wait until its batch begins, at the least."""
         batches = len(self._batches) + self.rows_waiting // self.limits.max_rows
-        return (batches // self.limits.slots) * self.cost(self.limits.max_rows)
+        by_cost = (batches // self.limits.slots) * self.cost(self.limits.max_rows)
+        return max(by_cost, batches * self._turnaround)
 
     def admit(self, rows: int, deadline: float) -> None:
         """
@@ -193,8 +196,11 @@ class Collector(Generic[RowT, OutcomeT]):
         *,
         priority: int = 0,
         shape_key: Hashable = None,
-    ) -> list[OutcomeT]:
+        is_alone: bool = False,
+    ) -> Sequence[OutcomeT]:
         """The outcomes of `rows`, in order. A caller that is cancelled gives up its place.
+
+        `is_alone` says that no other request comes in this turn of the event loop.
 
         Raises:
             NotReady: no more requests are taken.
@@ -206,17 +212,20 @@ class Collector(Generic[RowT, OutcomeT]):
         now = self._clock()
         group = (priority, shape_key)
         self._count += 1
-        answer: asyncio.Future[list[OutcomeT]] = self._loop.create_future()
-        request = _Request(rows, deadline, group, self._count, now, answer)
+        answer: asyncio.Future[Sequence[OutcomeT]] = self._loop.create_future()
+        request = _Request(rows, deadline, group, self._count, now, answer, len(rows))
         if self.is_idle:
             self._policy.found_idle(now)
         self._policy.arrived(now, len(rows))
         self._accepted.add(request, deadline)
-        self._queues.setdefault(group, OrderedDict())[request] = None
+        queue = self._queues.get(group)
+        if queue is None:
+            queue = self._queues[group] = OrderedDict()
+        queue[request] = None
         self.rows_waiting += len(rows)
         if self._batches:
             self._metrics.queue_rows.set(self.rows_waiting)
-        self._schedule()
+        self._schedule(is_alone=is_alone)
         try:
             return await request.future
         finally:
@@ -237,7 +246,7 @@ class Collector(Generic[RowT, OutcomeT]):
             if not queue:
                 del self._queues[request.group]
 
-    def _schedule(self) -> None:
+    def _schedule(self, *, is_alone: bool = False) -> None:
         """Run a batch now, or later, or not yet."""
         is_free = len(self._batches) < self.limits.slots
         if self._is_due or not is_free:
@@ -249,16 +258,18 @@ class Collector(Generic[RowT, OutcomeT]):
             return
         now = self._clock()
         oldest = min(next(iter(queue)).queued for queue in self._queues.values())
-        fire_at = self._policy.fire_at(now, self.rows_waiting, oldest, self.cost)
+        fire_at = self._policy.fire_at(now, self.rows_waiting, oldest)
         # To wait for a model that is busy is not to wait for other rows.
         forming_since = max(oldest, self._free_since)
         fire_at = min(fire_at, forming_since + self.limits.max_wait, self._nearest_deadline(now))
-        if self.rows_waiting >= self.limits.max_rows or fire_at <= now:
+        if self.rows_waiting < self.limits.max_rows and fire_at > now:
+            self._wake = self._loop.call_at(fire_at, self._start_batch, context=self._context)
+        elif is_alone:
+            self._start_batch()
+        else:
             # In the next turn of the loop: what arrives in this one can still join.
             self._is_due = True
             self._wake = self._loop.call_soon(self._start_batch, context=self._context)
-        else:
-            self._wake = self._loop.call_at(fire_at, self._start_batch, context=self._context)
 
     def _nearest_deadline(self, now: float) -> float:
         """When a batch has to begin at the latest for the heads of the queues to be in time."""
@@ -267,7 +278,9 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def _start_batch(self) -> None:
         self._wake, self._is_due = None, False
-        parts = self._bind(self._clock())
+        now = self._clock()
+        parts = self._bind(now)
+        self._note_turnaround(now)
         self._metrics.queue_rows.set(self.rows_waiting)
         if parts:
             batch = _Batch(parts, [parts])
@@ -275,33 +288,48 @@ class Collector(Generic[RowT, OutcomeT]):
             self._run_next(batch)
         self._schedule()
 
+    def _note_turnaround(self, now: float) -> None:
+        seconds = now - self._started
+        if self._is_backlogged:
+            before = self._turnaround or seconds
+            self._turnaround = MEMORY * before + (1 - MEMORY) * seconds
+        else:
+            self._turnaround = 0.0
+        self._started = now
+        self._is_backlogged = self.rows_waiting >= self.limits.max_rows
+
     def _bind(self, now: float) -> _Parts[RowT, OutcomeT]:
         """Take up to `max_rows` rows of one shape from the queues, by priority and arrival."""
         parts: _Parts[RowT, OutcomeT] = []
         room = self.limits.max_rows
-        shape_key: Hashable = None
-        while room and self._queues:
-            groups = [group for group in self._queues if not parts or group[1] == shape_key]
-            if not groups:
-                break
-            group = min(
-                groups, key=lambda group: (group[0], next(iter(self._queues[group])).number)
-            )
-            request = next(iter(self._queues[group]))
+        while room and (queue := self._next_queue(parts)):
+            request = next(iter(queue))
             if request.future.done() or request.deadline <= now:
                 self._expire(request)
                 continue
-            shape_key = group[1]
-            if not request.bound:
+            first = len(request.rows) - request.waiting
+            if not first:
                 self._metrics.queue_wait.observe(now - request.queued)
-            rows = request.rows[request.bound : request.bound + room]
-            parts.append(_Part(request, request.bound, rows))
-            request.bound += len(rows)
-            self.rows_waiting -= len(rows)
-            room -= len(rows)
-            if not request.waiting:
+            rows = request.rows[first : first + room]
+            parts.append(_Part(request, first, rows))
+            if len(rows) == request.waiting:
                 self._leave_queue(request)
+            else:
+                self.rows_waiting -= len(rows)
+            request.waiting -= len(rows)
+            room -= len(rows)
         return parts
+
+    def _next_queue(
+        self, parts: _Parts[RowT, OutcomeT]
+    ) -> OrderedDict[_Request[RowT, OutcomeT], None] | None:
+        """Of what may share a batch with `parts`, the queue whose first request goes first."""
+        heads = [
+            (priority, next(iter(queue)).number, queue)
+            for (priority, shape), queue in self._queues.items()
+            if not parts or shape == parts[0].request.group[1]
+        ]
+        return min(heads)[2] if heads else None
 
     def _run_next(self, batch: _Batch[RowT, OutcomeT]) -> None:
         """Run what is left to run of `batch`, and free its slot when that is nothing."""
@@ -402,14 +430,18 @@ class Collector(Generic[RowT, OutcomeT]):
         batch.to_run += reversed(_in_chunks(parts, most))
 
     def _deliver(self, parts: _Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
-        begin = 0
-        for part in parts:
-            end = begin + len(part.rows)
-            request = part.request
-            request.outcomes[part.first] = outcomes[begin:end]
-            request.answered += len(part.rows)
-            begin = end
-            if request.answered == len(request.rows) and not request.future.done():
+        end = 0
+        for request, first, rows in parts:
+            begin, end = end, end + len(rows)
+            if request.future.done():
+                continue
+            if len(rows) == len(request.rows):
+                request.future.set_result(outcomes[begin:end])
+                continue
+            request.outcomes = request.outcomes or {}
+            request.outcomes[first] = outcomes[begin:end]
+            request.answered += len(rows)
+            if request.answered == len(request.rows):
                 in_order = (request.outcomes[first] for first in sorted(request.outcomes))
                 request.future.set_result(list(chain.from_iterable(in_order)))
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed, ServiceError
 from app.metrics import Outcome
@@ -13,13 +13,15 @@ from app.repository import ServedModel
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said: an outcome for each row, in order, and which version said it."""
+class Answer(NamedTuple):
+    """What a model said, and which version said it."""
 
-    model: str
     version: str
     outcomes: Sequence[BasePrediction | ItemError]
+    """One for each row, in order."""
+
+    errors: dict[int, ItemError]
+    """Those of the outcomes that are no predictions, by the number of the row."""
 
 
 def admit(model: ServedModel, deadline: float) -> None:
@@ -36,29 +38,35 @@ def admit(model: ServedModel, deadline: float) -> None:
 
 
 async def predict(
-    model: ServedModel, rows: Sequence[BaseFeatures], deadline: float, priority: int = 0
+    model: ServedModel,
+    rows: Sequence[BaseFeatures],
+    deadline: float,
+    *,
+    priority: int = 0,
+    is_alone: bool = False,
 ) -> Answer:
     """Score `rows`, which are valid features of `model`.
 
     Args:
         deadline: in seconds on the event loop's clock.
         priority: the smaller one goes first.
+        is_alone: no other request came with this one, so it need not wait for any.
 
     Raises:
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
     try:
-        outcomes = await model.predict(rows, deadline, priority)
+        outcomes = await model.predict(rows, deadline, priority=priority, is_alone=is_alone)
     except (ServiceError, asyncio.CancelledError) as error:
         _count(model, error)
         if isinstance(error, PredictionFailed):
             # Logged here, where the log knows which request it was.
             log.exception("prediction failed", extra={"model": model.name})
         raise
+    errors = {row: item for row, item in enumerate(outcomes) if isinstance(item, ItemError)}
     if model.metrics:
-        refused = any(isinstance(outcome, ItemError) for outcome in outcomes)
-        model.metrics.ended("invalid" if refused else "ok")
-    return Answer(model.name, model.version or "", outcomes)
+        model.metrics.ended("invalid" if errors else "ok")
+    return Answer(model.version or "", outcomes, errors)
 
 
 def _count(model: ServedModel, error: BaseException) -> None:

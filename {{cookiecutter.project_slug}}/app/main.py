@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from app import metrics
+from app.api.instrumentation import instrument
 from app.api.keys import ApiKeys, RequireApiKey
 from app.api.middleware import RequestContext
 from app.api.models import add_model_routes
@@ -55,6 +55,6 @@ def create_app(settings: Settings | None = None) -> RequestContext:
     document(app, needs_api_key=bool(settings.api_keys_sha256))
 
     app.add_middleware(RequireApiKey, keys=keys)
-    metrics.instrument(app)
+    instrument(app)
     routes = {route.path: route for route in direct}
     return RequestContext(app, routes, lifecycle, AccessLog(settings))

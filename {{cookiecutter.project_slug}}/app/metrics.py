@@ -2,10 +2,7 @@
 
 from typing import Literal
 
-from fastapi import FastAPI
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_fastapi_instrumentator import Instrumentator
-from prometheus_fastapi_instrumentator.metrics import Info
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 COMPUTE_BUCKETS_S = (0.0001, 0.00025, 0.0005, *LATENCY_BUCKETS_S)
@@ -85,16 +82,7 @@ class RouteMetrics:
         self._durations.observe(seconds)
 
 
-def instrument(app: FastAPI) -> None:
-    """Count and time the requests that the routes of `app` answer, probes and metrics aside, and
-    serve /metrics."""
-    Instrumentator(
-        should_group_status_codes=False,
-        excluded_handlers=["^/(health|startup|ready|metrics)$"],
-    ).add(_observe).instrument(app).expose(app, tags=["operations"], summary="Prometheus metrics")
-
-
-def _observe(info: Info) -> None:
-    handler = info.modified_handler
-    _requests.labels(info.method, handler, info.modified_status).inc()
-    _durations.labels(info.method, handler).observe(info.modified_duration)
+def count_request(method: str, handler: str, status: str, seconds: float) -> None:
+    """A request to a route without `RouteMetrics` was answered."""
+    _requests.labels(method, handler, status).inc()
+    _durations.labels(method, handler).observe(seconds)

@@ -44,11 +44,14 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        # An extension of ours to ASGI; see app.api.middleware.
+        # Extensions of ours to ASGI; see app.api.
         self.scope["state"]["respond"] = partial(self._respond, self.cycle)
+        self.scope["state"]["requests"] = self.tasks
 
-    def _respond(self, cycle: RequestResponseCycle, headers: bytes, content: bytes) -> bool:
-        """Send a whole answer of status 200. False: it has to go the usual way.
+    def _respond(
+        self, cycle: RequestResponseCycle, status: int, headers: bytes, content: bytes
+    ) -> bool:
+        """Send a whole answer; `headers` are lines. False: it has to go the usual way.
 
         Past ASGI an answer takes one system call in place of two, each of which wakes the client
         up, and its headers are not checked one by one.
@@ -58,8 +61,11 @@ class Protocol(HttpToolsProtocol):
         if not cycle.disconnected:
             cycle.response_started = cycle.response_complete = True
             usual = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
-            parts = (STATUS_LINE[200], *usual, headers, b"\r\n", content)
-            self.outbox.put(self.transport, b"".join(parts))
+            parts = (STATUS_LINE[status], *usual, headers, b"\r\n", content)
+            if len(self.tasks) == 1:
+                self.transport.write(b"".join(parts))
+            else:
+                self.outbox.put(self.transport, b"".join(parts))
             cycle.message_event.set()
             # The next request of a pipeline begins in the next turn, so after the outbox.
             cycle.on_response()

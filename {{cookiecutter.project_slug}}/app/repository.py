@@ -107,23 +107,23 @@ class ServedModel:
         max_rows = sizes[-1] if sizes else predictor.batch_max_rows or settings.batch_max_rows
         max_wait = settings.batch_max_wait_ms / 1000
         is_learned = settings.batch_policy == "learned"
-        policy = LearnedReturns(max_rows) if is_learned else FixedWindow(max_wait)
+        cost = await self._measure(max_rows)
+        policy = LearnedReturns(max_rows, cost) if is_learned else FixedWindow(max_wait, cost)
         limits = Limits(max_rows, settings.queue_max_rows, max_wait, self._runner.slots, sizes)
         self.metrics = ModelMetrics(self.name, version)
         self.metrics.max_rows.set(max_rows)
-        collector = Collector(self._runner.run, limits, policy, self.metrics)
-        await self._measure(collector.cost, max_rows)
-        return collector
+        return Collector(self._runner.run, limits, policy, self.metrics)
 
-    async def _measure(self, cost: BatchCost, max_rows: int) -> None:
+    async def _measure(self, max_rows: int) -> BatchCost:
         """Learn what batches take, and whether they may run on the event loop."""
-        example, runner = self.predictor_class.example, self._runner
+        example, runner, cost = self.predictor_class.example, self._runner, BatchCost()
         cost.ran(1, seconds := await runner.measure([example]))
         if seconds < INLINE_BELOW_S:
             cost.ran(max_rows, seconds := await runner.measure([example] * max_rows))
         is_quick = seconds < INLINE_BELOW_S and runner.predictor.provider == "cpu"
         chosen = self.predictor_class.runs_inline
         runner.may_run_inline = is_quick if chosen is None else chosen
+        return cost
 
     def _lose(self) -> None:
         self.state = State.LOST
@@ -200,7 +200,12 @@ class ServedModel:
         return self._collector
 
     def predict(
-        self, rows: Sequence[BaseFeatures], deadline: float, priority: int = 0
+        self,
+        rows: Sequence[BaseFeatures],
+        deadline: float,
+        *,
+        priority: int = 0,
+        is_alone: bool = False,
     ) -> Awaitable[Sequence[Outcome]]:
         """The outcomes of `rows`, in order; they may share a batch with those of other callers.
 
@@ -210,7 +215,7 @@ class ServedModel:
         collector = self._accepting()
         if self._has_shapes:
             return self._predict_by_shape(collector, rows, deadline, priority)
-        return collector.submit(rows, deadline, priority=priority)
+        return collector.submit(rows, deadline, priority=priority, is_alone=is_alone)
 
     async def _predict_by_shape(
         self,

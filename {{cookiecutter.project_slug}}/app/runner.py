@@ -137,7 +137,9 @@ class Runner:
         """Of as many outcomes as `rows`, or of PredictionFailed. Done already if run inline."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Sequence[Outcome]] = loop.create_future()
-        instance = min(self._instances, key=lambda instance: instance.running)
+        instance = self._instances[0]
+        if len(self._instances) > 1:
+            instance = min(self._instances, key=lambda instance: instance.running)
         if self.may_run_inline and self.pace.is_quick and not instance.running:
             self._run_inline(instance.predictor, rows, answer)
         else:
@@ -155,12 +157,20 @@ class Runner:
             self.last_success = monotonic()
         except PredictionFailed as error:
             self._fail(answer, error)
-        self.pace.ran(seconds := perf_counter() - started)
-        if not self.pace.is_quick:
+        self._note_pace(perf_counter() - started)
+
+    def _note_pace(self, seconds: float) -> None:
+        was_quick = self.pace.is_quick
+        self.pace.ran(seconds)
+        if was_quick == self.pace.is_quick or not self.may_run_inline:
+            return
+        if was_quick:
             log.warning(
                 "a batch held up the event loop for %.0f ms; the model goes back to its thread",
                 seconds * 1000,
             )
+        else:
+            log.info("batches are quick; the model runs on the event loop from now on")
 
     def _fail(self, answer: asyncio.Future[Sequence[Outcome]], error: BaseException) -> None:
         if isinstance(error, ModelLost):
@@ -182,7 +192,7 @@ class Runner:
             self._fail(answer, error)
         else:
             ran = running.result()
-            self.pace.ran(ran.seconds)
+            self._note_pace(ran.seconds)
             self.last_success = monotonic()
             answer.set_result(ran.outcomes)
 

@@ -53,6 +53,8 @@ class BatchCost:
 class WaitPolicy(Protocol):
     """Told of what happens, and asked when a forming batch should run."""
 
+    cost: BatchCost
+
     def arrived(self, now: float, rows: int) -> None:
         """Rows were queued."""
 
@@ -62,14 +64,15 @@ class WaitPolicy(Protocol):
     def found_idle(self, now: float) -> None:
         """Rows are about to be queued, and nothing runs or waits."""
 
-    def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
+    def fire_at(self, now: float, rows: int, oldest: float) -> float:
         """When to run the `rows` that wait since `oldest`: at once unless that is after `now`."""
 
 
 class FixedWindow:
     """Waits until the oldest row has waited for `window` seconds."""
 
-    def __init__(self, window: float) -> None:
+    def __init__(self, window: float, cost: BatchCost) -> None:
+        self.cost = cost
         self._window = window
 
     def arrived(self, now: float, rows: int) -> None:
@@ -81,7 +84,7 @@ class FixedWindow:
     def found_idle(self, now: float) -> None:
         pass
 
-    def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
+    def fire_at(self, now: float, rows: int, oldest: float) -> float:
         return oldest + self._window
 
 
@@ -94,11 +97,13 @@ class LearnedReturns:
     the rows that come within each horizon: as a share of the rows answered, or as a number.
     What exceeds the average rate, as in Poisson arrivals nothing does, is worth waiting for if
     the batch that each such row is spared outweighs the delay of the rows that wait. A batch
-    runs the moment that all that were expected are there.
+    runs the moment that all that were expected are there. Of a model whose batches take less than
+    `WORTH_A_WAIT_S` nothing is learned.
     """
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, cost: BatchCost) -> None:
         self._max_rows = max_rows
+        self.cost = cost
         self._expected = {"answered": [0.0] * len(HORIZONS_S), "idle": [0.0] * len(HORIZONS_S)}
         self._kind = ""
         self._since = 0.0
@@ -112,7 +117,13 @@ class LearnedReturns:
         self._rate_rows = 0
         self._rate_since = 0.0
 
+    @property
+    def _is_quick(self) -> bool:
+        return self.cost(self._max_rows) < WORTH_A_WAIT_S
+
     def arrived(self, now: float, rows: int) -> None:
+        if self._is_quick:
+            return
         self._close_horizons(now)
         if not self._came:
             self._first = now
@@ -124,11 +135,13 @@ class LearnedReturns:
             self._rate_rows, self._rate_since = 0, now
 
     def answered(self, now: float, rows: int) -> None:
-        self._begin(now, "answered", rows)
+        if not self._is_quick:
+            self._begin(now, "answered", rows)
 
     def found_idle(self, now: float) -> None:
         # The first to come back from an answer finds the model idle, too.
-        if self._kind != "answered" or now - self._since > HORIZONS_S[-1]:
+        is_over = self._kind != "answered" or now - self._since > HORIZONS_S[-1]
+        if is_over and not self._is_quick:
             self._begin(now, "idle", 1)
 
     def _begin(self, now: float, kind: str, size: int) -> None:
@@ -152,9 +165,9 @@ class LearnedReturns:
             seen = min(came, self._size) if self._kind == "answered" else came
             expected[index] = MEMORY * expected[index] + (1 - MEMORY) * seen / self._size
 
-    def fire_at(self, now: float, rows: int, oldest: float, cost: BatchCost) -> float:
+    def fire_at(self, now: float, rows: int, oldest: float) -> float:
         room = self._max_rows - rows
-        batch_s = cost(rows)
+        batch_s = self.cost(rows)
         if not self._kind or room <= 0 or batch_s < WORTH_A_WAIT_S:
             return now
         passed = now - self._since
@@ -167,7 +180,7 @@ class LearnedReturns:
             left = horizon - passed
             if left <= 0 or coming < 0.5:
                 continue
-            gain = coming * (batch_s + cost(0)) / 2 - rows * left
+            gain = coming * (batch_s + self.cost(0)) / 2 - rows * left
             if gain > best:
                 best, wait = gain, left
         if most >= 0.5 and self._came > 1:

@@ -61,6 +61,11 @@ class Call:
     state: dict[str, Any]
     """ASGI's, shared with app.protocol."""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other request is under way, or was received with this one."""
+        return len(self.state.get("requests", ())) == 1
+
     deadline: float = 0
     """By `monotonic`."""
 
@@ -195,10 +200,9 @@ class JsonRoute:
             BodyTimeout: it was not there by the deadline.
             ClientLeft: the client did.
         """
-        too_large = f"The body is over {self._max_body_bytes} bytes."
         declared = call.headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
-            raise BodyTooLarge(too_large)
+            raise BodyTooLarge(f"The body is over {self._max_body_bytes} bytes.")
         content = b""
         more = True
         self._reading.add(task, call.deadline)
@@ -209,7 +213,7 @@ class JsonRoute:
                     raise ClientLeft
                 content += message.get("body", b"")
                 if len(content) > self._max_body_bytes:
-                    raise BodyTooLarge(too_large)
+                    raise BodyTooLarge(f"The body is over {self._max_body_bytes} bytes.")
                 more = message.get("more_body", False)
         except asyncio.CancelledError:
             if task not in self._late:

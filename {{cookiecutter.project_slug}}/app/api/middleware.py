@@ -1,16 +1,17 @@
 """Around every request: its id, its log line, and the last resort for errors."""
 
 import logging
-import os
 import re
 from collections.abc import Mapping
+from random import getrandbits
 from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, JsonRoute
-from app.api.problems import problem_response
-from app.errors import ServiceError
+from app.api.problems import problem_reply, problem_response
+from app.api.reply import JSON, Reply
+from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
 from app.logs import AccessLog, current_request_id
 
@@ -22,6 +23,11 @@ SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 MAX_LOGGED_PATH_CHARS = 200
 JSON_HEADERS = b"content-type: application/json\r\ncontent-length: %b\r\nx-request-id: %b\r\n"
 QUIET_PATHS = {"/health", "/startup", "/ready", "/metrics"}
+
+
+def new_request_id() -> str:
+    # It names a request and protects nothing.
+    return f"{getrandbits(128):032x}"
 
 
 class RequestContext:
@@ -51,7 +57,7 @@ class RequestContext:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         is_sane = SANE_REQUEST_ID.fullmatch(given)
-        request_id = given.decode("ascii") if is_sane else os.urandom(16).hex()
+        request_id = given.decode("ascii") if is_sane else new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         # Each request is a task, so nothing else sees this.
         current_request_id.set(request_id)
@@ -97,19 +103,18 @@ class RequestContext:
     ) -> int:
         """Have `route` answer, and give the status."""
         try:
-            content = await route.answer(call, receive)
+            reply = Reply(200, JSON, await route.answer(call, receive))
         except ClientLeft:
             return CLIENT_LEFT
-        except ServiceError as error:
+        except BodyTooLarge as error:
             await problem_response(error, call.request_id)(scope, receive, send)
             return error.status
-        length = str(len(content)).encode()
-        # app.protocol offers to send it at once.
-        respond = call.state.get("respond", lambda *_: False)
-        raw_headers = JSON_HEADERS % (length, call.request_id.encode())
-        if not self.lifecycle.is_ending and respond(raw_headers, content):
-            return 200
-        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-        return 200
+        except ServiceError as error:
+            reply = problem_reply(error, call.request_id)
+        # app.protocol offers to send it at once. Taken out, as it would make a reference cycle of
+        # the request, which the garbage collector would have to find.
+        respond = call.state.pop("respond", lambda *_: False)
+        lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
+        if self.lifecycle.is_ending or not respond(reply.status, lines, reply.content):
+            await reply.send(send)
+        return reply.status

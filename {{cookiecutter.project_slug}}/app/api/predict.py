@@ -1,6 +1,6 @@
 """POST /v1/predict and /v1/predict/batch, and the same for each model by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -14,7 +14,7 @@ from app import inference
 from app.api.json_route import Call, CallParameter, Endpoint, Headers, JsonRoute
 from app.api.keys import ApiKeys
 from app.api.problems import problems
-from app.errors import FieldError, invalid_fields
+from app.errors import FieldError, InvalidInput, invalid_fields
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from app.repository import ModelRepository, ServedModel
 from app.settings import Settings
@@ -72,7 +72,7 @@ def add_predict_routes(
 ) -> list[JsonRoute]:
     """Route each model with its own schemas, and the default model without a name as well.
 
-    FastAPI documents the routes that are returned; `DirectRoutes` calls them.
+    FastAPI documents the routes that are returned; `RequestContext` calls them.
     """
     routes: list[JsonRoute] = []
 
@@ -132,9 +132,10 @@ def _single(model: ServedModel) -> Documented:
     example = {"features": predictor.example.model_dump(mode="json", by_alias=True)}
 
     async def predict(body: PredictRequest, call: CallParameter) -> dict[str, Any]:
-        answer = await inference.predict(model, [body.features], call.deadline, call.priority)
-        [prediction] = _predictions(answer.outcomes, lambda _: "features")
-        return _envelope(call, answer) | {"prediction": prediction}
+        answer = await ask(model, [body.features], call)
+        if answer.errors:
+            raise _refused(answer.errors, lambda _: "features")
+        return {**_envelope(call, model, answer), "prediction": answer.outcomes[0]}
 
     _declare_body(predict, request_type, example)
     return Documented(predict, request_type, response_type, f"Score one row with {model.name}")
@@ -155,12 +156,21 @@ def _batch(model: ServedModel, max_instances: int) -> Documented:
     example = {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]}
 
     async def predict(body: BatchRequest, call: CallParameter) -> dict[str, Any]:
-        answer = await inference.predict(model, body.instances, call.deadline, call.priority)
-        predictions = _predictions(answer.outcomes, lambda row: f"instances.{row}")
-        return _envelope(call, answer) | {"predictions": predictions}
+        answer = await ask(model, body.instances, call)
+        if answer.errors:
+            raise _refused(answer.errors, lambda row: f"instances.{row}")
+        return {**_envelope(call, model, answer), "predictions": answer.outcomes}
 
     _declare_body(predict, request_type, example)
     return Documented(predict, request_type, response_type, f"Score rows with {model.name}")
+
+
+def ask(
+    model: ServedModel, rows: Sequence[BaseFeatures], call: Call
+) -> Awaitable[inference.Answer]:
+    return inference.predict(
+        model, rows, call.deadline, priority=call.priority, is_alone=call.is_alone
+    )
 
 
 def _declare_body(
@@ -174,31 +184,23 @@ def _title(model: ServedModel) -> str:
     return "".join(word.capitalize() for word in model.name.split("_"))
 
 
-def _envelope(call: Call, answer: inference.Answer) -> dict[str, Any]:
+def _envelope(call: Call, model: ServedModel, answer: inference.Answer) -> dict[str, Any]:
     return {
         "request_id": call.request_id,
-        "model": answer.model,
+        "model": model.name,
         "model_version": answer.version,
         "processing_time_ms": round((perf_counter() - call.started) * 1000, 3),
         "timestamp": datetime.now(UTC),
     }
 
 
-def _predictions(
-    outcomes: Sequence[BasePrediction | ItemError], path_of: Callable[[int], str]
-) -> list[BasePrediction]:
-    """The predictions, if all rows have one.
-
-    Raises:
-        InvalidInput: it names the rows that the model could not score.
-    """
-    refused = [
-        FieldError(
-            field=".".join(filter(None, [path_of(row), outcome.field])), message=outcome.reason
-        )
-        for row, outcome in enumerate(outcomes)
-        if isinstance(outcome, ItemError)
-    ]
-    if refused:
-        raise invalid_fields(refused)
-    return [outcome for outcome in outcomes if isinstance(outcome, BasePrediction)]
+def _refused(errors: Mapping[int, ItemError], path_of: Callable[[int], str]) -> InvalidInput:
+    """The 422 that names the rows that the model could not score."""
+    return invalid_fields(
+        [
+            FieldError(
+                field=".".join(filter(None, [path_of(row), error.field])), message=error.reason
+            )
+            for row, error in errors.items()
+        ]
+    )

@@ -6,9 +6,11 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from app.api.reply import Reply
 from app.errors import (
     PROBLEM_MEDIA_TYPE,
     BodyTooLarge,
@@ -48,6 +50,11 @@ class LingeringResponse(Response):
             discarded += len(message.get("body", b""))
             if not message.get("more_body", False):
                 return
+
+
+def problem_reply(error: ServiceError, request_id: str) -> Reply:
+    content = to_json(problem(error, request_id), exclude_none=True)
+    return Reply(error.status.value, PROBLEM_MEDIA_TYPE.encode(), content, error.headers)
 
 
 def problem_response(error: ServiceError, request_id: str) -> Response:

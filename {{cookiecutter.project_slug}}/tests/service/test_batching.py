@@ -11,7 +11,7 @@ import pytest
 from app.batching import MAX_RERUNS, Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
-from app.waiting import FixedWindow, LearnedReturns, WaitPolicy
+from app.waiting import BatchCost, FixedWindow, LearnedReturns, WaitPolicy
 
 FAR = 1e6
 
@@ -69,11 +69,15 @@ class Model:
         return [f"{row}!" for row in rows]
 
 
+def never() -> WaitPolicy:
+    return FixedWindow(0, BatchCost())
+
+
 Run = Callable[[list[Any]], "asyncio.Future[Sequence[Any]]"]
 
 
 def collector(model: Run, **limits: Any) -> Any:
-    policy: WaitPolicy = limits.pop("policy", FixedWindow(0))
+    policy: WaitPolicy = limits.pop("policy", None) or never()
     defaults = {"max_rows": 4, "queue_max_rows": 1000, "max_wait": 100.0}
     return Collector[Any, Any](
         model,
@@ -404,7 +408,7 @@ class TestOverload:
 
     def test_a_deadline_cuts_the_wait_short(self) -> None:
         async def test() -> None:
-            collecting = collector(Model(), policy=FixedWindow(50))
+            collecting = collector(Model(), policy=FixedWindow(50, BatchCost()))
             assert await submit(collecting, "a", deadline=60.0) == ["a!"]
             began = asyncio.get_running_loop().time()
             assert await submit(collecting, "b", deadline=began + 20.0) == ["b!"]
@@ -467,9 +471,9 @@ class TestWaiting:
     @pytest.mark.parametrize(("clients", "better"), [(1, 1.0), (2, 1.5), (8, 1.5), (32, 1.3)])
     def test_it_gathers_callers_that_come_back(self, clients: int, better: float) -> None:
         async def test() -> None:
-            never, _ = await self.closed_loop(clients, FixedWindow(0))
-            learned, most = await self.closed_loop(clients, LearnedReturns(32))
-            assert learned >= 0.99 * better * never
+            unwaited, _ = await self.closed_loop(clients, never())
+            learned, most = await self.closed_loop(clients, LearnedReturns(32, BatchCost()))
+            assert learned >= 0.99 * better * unwaited
             assert most == 1, "somebody had to wait for a batch that began without them"
 
         run(test())
@@ -493,8 +497,8 @@ class TestWaiting:
             return sorted(taken)
 
         async def test() -> None:
-            never = await latencies(FixedWindow(0))
-            learned = await latencies(LearnedReturns(32))
-            assert sum(learned) / len(learned) < 1.05 * sum(never) / len(never)
+            unwaited = await latencies(never())
+            learned = await latencies(LearnedReturns(32, BatchCost()))
+            assert sum(learned) / len(learned) < 1.05 * sum(unwaited) / len(unwaited)
 
         run(test())

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from app.batching import Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
-from app.waiting import FixedWindow, LearnedReturns
+from app.waiting import BatchCost, FixedWindow, LearnedReturns
 from tests.service.test_batching import JumpingSelector
 
 MAX_ROWS = 4
@@ -36,11 +36,12 @@ class Callers(RuleBasedStateMachine):
 
         self.deadlines: dict[int, float] = {}
 
-        self.calls: dict[asyncio.Task[list[int]], list[int]] = {}
+        self.calls: dict[asyncio.Task[Sequence[int]], list[int]] = {}
         self.collector = self._collector(learned=True, slots=1)
 
     def _collector(self, *, learned: bool, slots: int) -> Collector[int, int]:
-        policy = LearnedReturns(MAX_ROWS) if learned else FixedWindow(0.5)
+        cost = BatchCost()
+        policy = LearnedReturns(MAX_ROWS, cost) if learned else FixedWindow(0.5, cost)
         limits = Limits(MAX_ROWS, QUEUE_MAX_ROWS, max_wait=2.0, slots=slots)
 
         def run(rows: list[int]) -> "asyncio.Future[Sequence[int]]":
@@ -108,7 +109,7 @@ class Callers(RuleBasedStateMachine):
         self.deadlines |= dict.fromkeys(rows, deadline)
         priority, shape = group
 
-        async def call(collector: Collector[int, int]) -> list[int]:
+        async def call(collector: Collector[int, int]) -> Sequence[int]:
             try:
                 async with asyncio.timeout_at(deadline if gives_up else None):
                     return await collector.submit(
