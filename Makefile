@@ -58,6 +58,13 @@ test-samples test-in-place: $(DEV)/installed
 test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
 
+.PHONY: bench bench-fire
+bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--quick for a look; see benchmarks/
+	$(DEV)/bin/python -m benchmarks $(ARGS)
+
+bench-fire: $(DEV)/installed  ## Bad neighbours, poison, overload, a stop and hang-ups, a quarter of an hour
+	$(DEV)/bin/python -m benchmarks.fire $(ARGS)
+
 .PHONY: format
 format: $(DEV)/installed  ## Mend style and formatting
 	$(DEV)/bin/ruff check --fix
@@ -70,6 +77,11 @@ lock: $(DEMO)/installed  ## Lock newest versions, with hashes, here and for each
 	for kind in onnx sklearn image; do ( cd '$(REQUIREMENTS)' && \
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in -o $$kind/service.lock && \
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in $$kind/train.in dev.in -o $$kind/dev.lock ) || exit 1; done
+
+.PHONY: bench-lock
+bench-lock: $(DEMO)/installed  ## The same for those that are measured side by side
+	for server in benchmarks/servers/*/; do ( cd $$server && ../../../$(DEMO)/bin/$(COMPILE) \
+		--constraint ../../../requirements/dev.lock requirements.in -o requirements.lock ) || exit 1; done
 
 .PHONY: clean
 clean:  ## Remove what was made here

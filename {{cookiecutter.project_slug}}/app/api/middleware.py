@@ -107,6 +107,7 @@ class RequestContext:
         except ClientLeft:
             return CLIENT_LEFT
         except BodyTooLarge as error:
+            # It reads on for a while before it closes.
             await problem_response(error, call.request_id)(scope, receive, send)
             return error.status
         except ServiceError as error:
@@ -115,6 +116,7 @@ class RequestContext:
         # the request, which the garbage collector would have to find.
         respond = call.state.pop("respond", lambda *_: False)
         lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
-        if self.lifecycle.is_ending or not respond(reply.status, lines, reply.content):
+        has_to_close = self.lifecycle.is_ending or "Connection" in reply.headers
+        if has_to_close or not respond(reply.status, lines, reply.content):
             await reply.send(send)
         return reply.status

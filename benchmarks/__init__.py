@@ -1,0 +1,1 @@
+"""The benchmark: this template's service beside others, in one run. See README.md."""

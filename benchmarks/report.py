@@ -1,0 +1,463 @@
+"""Writes report.md from the measurements: medians, ratios, and whether the targets are met."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.contestants import contestants
+from benchmarks.plot import Bar, Panel, draw
+from benchmarks.sections import OURS, POLICIES
+from benchmarks.workloads import WORKLOADS
+
+BARE, BATCHED, TUTORIAL = "bare_asgi", "bare_asgi_batched", "tutorial_fastapi"
+
+Number = float | None
+
+HEAD = """\
+Written by `python -m benchmarks`; [README.md](README.md) says how it measures. Trust ratios
+within a table, not figures across machines.
+"""
+
+OPEN_LOOP = """\
+Requests at random times, at a share of what the same contestant answered with 32 connections;
+latency counts from when a request was due.
+"""
+
+PROCESSES = """\
+After the load, all processes of a contestant together: RSS counts what two processes share twice,
+PSS once. Cold start is from the start of the process to the first 200 of its ready URL.
+"""
+
+GROWTH = """\
+This template on W2, rows a second by connections and rows in a request. A forest costs nearly the
+same for one row as for 32, so throughput grows with the rows that are there together, up to the 32
+of a batch (BATCH_MAX_ROWS); what is there beyond that waits its turn.
+"""
+
+POLICY = """\
+This template, its learned wait and fixed windows (BATCH_POLICY=window), which have to be chosen. In
+the open loop all are offered the same: a share of what the learned wait answers with 32
+connections. Best of a column in bold.
+"""
+
+
+class Figures:
+    """The measurements of all sections, by what they are of."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self._results = results
+        self.titles = {name: entry.title for name, entry in contestants().items()}
+
+    def has(self, section: str) -> bool:
+        return section in self._results
+
+    def about(self, section: str) -> dict[str, Any]:
+        about: dict[str, Any] = self._results[section]
+        return about
+
+    def all(self, section: str, **where: Any) -> list[dict[str, Any]]:
+        if section not in self._results:
+            return []
+        return [
+            entry
+            for entry in self._results[section]["measurements"]
+            if all(entry.get(key) == value for key, value in where.items())
+        ]
+
+    def median(self, section: str, what: str, **where: Any) -> Number:
+        """Over the rounds."""
+        values = [
+            entry[what] for entry in self.all(section, **where) if entry.get(what) is not None
+        ]
+        return median(values) if values else None
+
+    def main(self, what: str, workload: str, contestant: str, point: str) -> Number:
+        return self.median("main", what, workload=workload, contestant=contestant, point=point)
+
+    def ratio(self, what: str, workload: str, point: str, other: str) -> Number:
+        """Ours to another's."""
+        ours = self.main(what, workload, OURS, point)
+        theirs = self.main(what, workload, other, point)
+        return ours / theirs if ours is not None and theirs else None
+
+    def values(self, section: str, key: str) -> list[Any]:
+        """What occurs under `key`, in order of appearance."""
+        return list(dict.fromkeys(entry[key] for entry in self.all(section) if key in entry))
+
+
+@dataclass(frozen=True)
+class Target:
+    text: str
+    bound: float
+    is_at_least: bool
+    value: Callable[[Figures], Number]
+
+    def row(self, figures: Figures) -> list[str]:
+        value = self.value(figures)
+        sign = "at least" if self.is_at_least else "at most"
+        if value is None:
+            return [self.text, f"{sign} {self.bound}", "", "not measured"]
+        is_met = value >= self.bound if self.is_at_least else value <= self.bound
+        return [
+            self.text,
+            f"{sign} {self.bound}",
+            f"{value:.2f}",
+            "met" if is_met else "**missed**",
+        ]
+
+
+def _throughput(workload: str, other: str, bound: float) -> Target:
+    names = {BARE: "bare ASGI", BATCHED: "bare ASGI with batcher", TUTORIAL: "tutorial app"}
+    text = f"{workload.upper()}, 32 connections: throughput to {names[other]}"
+    return Target(text, bound, True, lambda f: f.ratio("per_s", workload, "closed 32", other))
+
+
+def _alone(workload: str, bound: float) -> Target:
+    text = f"{workload.upper()}, 1 connection: p50 to bare ASGI"
+    return Target(text, bound, False, lambda f: f.ratio("p50_ms", workload, "closed 1", BARE))
+
+
+def _process(what: str, text: str, workload: str, bound: float) -> Target:
+    return Target(
+        f"{text}, {workload.upper()}, to tutorial app",
+        bound,
+        False,
+        lambda f: f.ratio(what, workload, "process", TUTORIAL),
+    )
+
+
+def _two_workers(figures: Figures) -> Number:
+    one = figures.median("growth", "per_s", point="workers", workers=1)
+    two = figures.median("growth", "per_s", point="workers", workers=2)
+    return two / one if one and two else None
+
+
+TARGETS = [
+    _throughput("w1", BATCHED, 0.70),
+    _throughput("w1", TUTORIAL, 2.5),
+    _alone("w1", 1.3),
+    _throughput("w2", BATCHED, 1.0),
+    _throughput("w2", TUTORIAL, 15),
+    _alone("w2", 1.05),
+    _throughput("w3", BARE, 0.9),
+    _throughput("w3b", BARE, 0.8),
+    _throughput("w3b", TUTORIAL, 1.5),
+    _process("rss_mb", "Memory (RSS)", "w1", 1.4),
+    _process("rss_mb", "Memory (RSS)", "w2", 1.4),
+    _process("cold_start_s", "Cold start", "w1", 1.5),
+    Target("W2: two workers on two cores to one", 1.8, True, _two_workers),
+]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def number(value: Number) -> str:
+    """With about three digits."""
+    if value is None:
+        return ""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def ratio(value: Number, base: Number) -> str:
+    return f"{value / base:.2f}x" if value is not None and base else ""
+
+
+def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
+    figures = Figures(results)
+    parts = [
+        "# Benchmark\n",
+        HEAD,
+        _machine(figures),
+    ]
+    sections = {"main": _main, "growth": _growth, "policies": _policies, "gpu": _gpu}
+    if figures.has("main"):
+        parts += ["![Throughput and latency](report.svg)\n", _targets(figures)]
+    parts += [write(figures) for name, write in sections.items() if figures.has(name)]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "report.md"]
+    written[0].write_text("\n".join(parts), encoding="utf-8")
+    if figures.has("main"):
+        written.append(folder / "report.svg")
+        written[1].write_text(draw(_panels(figures)), encoding="utf-8")
+    return written
+
+
+def _machine(figures: Figures) -> str:
+    rows = []
+    for section in ("main", "growth", "policies", "gpu"):
+        if not figures.has(section):
+            continue
+        about = figures.about(section)
+        rows.append(
+            [
+                section,
+                about["date"],
+                about["machine"]["commit"],
+                f"{about['rounds']} of {about['seconds']:g} s a point",
+                f"{about['minutes']} min",
+            ]
+        )
+    machine = about["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    pinned = {
+        "apart": "The server has one core to itself and the load generator another.",
+    }.get(machine["pinned"], "There is one core: the load generator takes part of the server's.")
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"Linux {machine['kernel']}, Python {machine['python']}. {pinned} {packages}.\n\n"
+        + table(["section", "date", "commit", "rounds", "took"], rows)
+    )
+
+
+def _targets(figures: Figures) -> str:
+    rows = [target.row(figures) for target in TARGETS]
+    return (
+        "## Targets\n\n" + table(["ratio", "target", "measured", ""], rows) + "\n"
+        "Targets against peers are not measured here: no peer is a contestant yet.\n"
+    )
+
+
+def _main(figures: Figures) -> str:
+    names = figures.values("main", "contestant")
+    parts = ["## Side by side\n"]
+    for workload in figures.values("main", "workload"):
+        parts += [f"### {workload.upper()}: {WORKLOADS[workload]}\n", _workload(figures, workload)]
+    parts += ["### Open loop\n", OPEN_LOOP, _open_loop(figures, names), "### Processes\n"]
+    parts += [PROCESSES, _processes(figures, names), _checks(figures)]
+    return "\n".join(parts)
+
+
+def _workload(figures: Figures, workload: str) -> str:
+    bases = {
+        other: figures.main("per_s", workload, other, "closed 32")
+        for other in (BARE, BATCHED, TUTORIAL)
+    }
+    rows = []
+    for name in figures.values("main", "contestant"):
+        if failed := figures.all("main", workload=workload, contestant=name, point="failed"):
+            rows.append([figures.titles[name], failed[0]["why"].splitlines()[0], *[""] * 9])
+            continue
+
+        def of(what: str, point: str, name: str = name) -> Number:
+            return figures.main(what, workload, name, point)
+
+        per_s = of("per_s", "closed 32")
+        many = [number(of(what, "closed 32")) for what in ("p50_ms", "p95_ms", "p99_ms", "cpu_us")]
+        alone = [number(of(what, "closed 1")) for what in ("p50_ms", "p99_ms")]
+        ratios = [ratio(per_s, base) for base in bases.values()]
+        title = f"**{figures.titles[name]}**" if name == OURS else figures.titles[name]
+        rows.append([title, number(per_s), *ratios, *many, *alone])
+    head = [
+        "", "req/s, 32 conn.", "to bare", "to batcher", "to tutorial",
+        "p50 ms", "p95 ms", "p99 ms", "CPU us/req", "1 conn. p50 ms", "p99 ms",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def _open_loop(figures: Figures, names: list[str]) -> str:
+    rows = []
+    for workload in ("w1", "w2"):
+        for name in names:
+            for point in ("open 50%", "open 90%"):
+                if not figures.all("main", workload=workload, contestant=name, point=point):
+                    continue
+                values = [
+                    number(figures.main(what, workload, name, point))
+                    for what in ("rate", "per_s", "p50_ms", "p95_ms", "p99_ms")
+                ]
+                unsent = sum(
+                    entry["unsent"] + entry["lost"]
+                    for entry in figures.all(
+                        "main", workload=workload, contestant=name, point=point
+                    )
+                )
+                share = point.removeprefix("open ")
+                rows.append([workload.upper(), figures.titles[name], share, *values, str(unsent)])
+    head = ["", "", "load", "offered/s", "answered/s", "p50 ms", "p95 ms", "p99 ms", "unanswered"]
+    return table(head, rows)
+
+
+def _processes(figures: Figures, names: list[str]) -> str:
+    rows = []
+    for workload in figures.values("main", "workload"):
+        for name in names:
+            values = [
+                figures.main(what, workload, name, "process")
+                for what in ("rss_mb", "pss_mb", "cold_start_s")
+            ]
+            if values[0] is not None:
+                rows.append([workload.upper(), figures.titles[name], *map(number, values)])
+    return table(["", "", "RSS MB", "PSS MB", "cold start s"], rows)
+
+
+def _checks(figures: Figures) -> str:
+    loads = [entry for entry in figures.all("main") if "checked" in entry]
+    closed = [entry for entry in loads if entry["point"].startswith("closed")]
+    others = [entry["others"] for entry in loads if entry.get("others") is not None]
+    noise = (
+        f"Other processes took {median(others):.0%} of the server's core in the median and "
+        f"{max(others):.0%} at worst.\n"
+        if others
+        else ""
+    )
+    return (
+        f"Before the clock ran, every request of every workload was asked once and its score "
+        f"compared. While it ran, {sum(entry['checked'] for entry in loads):,} scores were "
+        f"compared: {sum(entry['wrong'] for entry in loads)} wrong. The load generator was busy "
+        f"for at most {max(entry['busy'] for entry in closed):.0%} of the time in a closed loop. "
+        + noise
+    )
+
+
+def _growth(figures: Figures) -> str:
+    def rows_per_s(connections: int, rows: int) -> str:
+        per_s = figures.median("growth", "per_s", point="grid", connections=connections, rows=rows)
+        return number(per_s * rows if per_s is not None else None)
+
+    instances = figures.values("growth", "rows")
+    grid = [
+        [str(connections), *(rows_per_s(connections, rows) for rows in instances)]
+        for connections in figures.values("growth", "connections")
+    ]
+    workers = [
+        [str(count), *(
+            number(figures.median("growth", what, point="workers", workers=count))
+            for what in ("per_s", "p50_ms", "p99_ms")
+        )]
+        for count in figures.values("growth", "workers")
+    ]  # fmt: skip
+    parts = [
+        "## Growth\n",
+        GROWTH,
+        table(["connections", *(f"{rows} rows/request" for rows in instances)], grid),
+    ]
+    if workers:
+        scale = _two_workers(figures)
+        parts += [
+            "Workers on two cores, 64 connections. The load generator has no core of its own "
+            "here and takes its part of the two; one worker is measured in the same way"
+            + (f". Two give {scale:.2f} times one.\n" if scale else ".\n"),
+            table(["workers", "req/s", "p50 ms", "p99 ms"], workers),
+        ]
+    return "\n".join(parts)
+
+
+def _policies(figures: Figures) -> str:
+    parts = [
+        "## How long to wait\n",
+        POLICY,
+    ]
+    for workload in figures.values("policies", "workload"):
+        for what, title, best in (
+            ("per_s", "requests a second", max),
+            ("p99_ms", "p99 in ms", min),
+        ):
+            points = [
+                point
+                for point in (
+                    "closed 1",
+                    "closed 2",
+                    "closed 8",
+                    "closed 32",
+                    "open 50%",
+                    "open 90%",
+                )
+                # In an open loop, all answer what they are offered.
+                if what == "p99_ms" or point.startswith("closed")
+            ]
+            values = {
+                (policy, point): figures.median(
+                    "policies", what, workload=workload, policy=policy, point=point
+                )
+                for policy in POLICIES
+                for point in points
+            }
+            bests = {
+                point: best(
+                    (
+                        value
+                        for (_, at), value in values.items()
+                        if at == point and value is not None
+                    ),
+                    default=None,
+                )
+                for point in points
+            }
+            rows = [
+                [policy, *(_bold(values[policy, point], bests[point]) for point in points)]
+                for policy in POLICIES
+            ]
+            parts += [f"{workload.upper()}, {title}:\n", table(["", *points], rows)]
+    parts += ["### Three quarters of the capacity\n", _longest_waits(figures)]
+    return "\n".join(parts)
+
+
+def _bold(value: Number, best: Number) -> str:
+    return f"**{number(value)}**" if value is not None and value == best else number(value)
+
+
+def _longest_waits(figures: Figures) -> str:
+    rows = []
+    for workload in figures.values("policies", "workload"):
+        for policy in figures.values("policies", "wait_policy"):
+            for wait_ms in figures.values("policies", "wait_ms"):
+                values = [
+                    figures.median(
+                        "policies", what, workload=workload, wait_policy=policy, wait_ms=wait_ms
+                    )
+                    for what in ("rate", "per_s", "p50_ms", "p99_ms")
+                ]
+                rate, per_s = values[:2]
+                if rate is None or per_s is None:
+                    continue
+                # Poisson arrivals of a few seconds differ from their rate by some percent.
+                verdict = "held" if per_s > 0.95 * rate else "**collapsed**"
+                cells = [*map(number, values), verdict]
+                rows.append([workload.upper(), policy, str(wait_ms), *cells])
+    head = ["", "policy", "BATCH_MAX_WAIT_MS", "offered/s", "answered/s", "p50 ms", "p99 ms", ""]
+    return table(head, rows)
+
+
+def _gpu(figures: Figures) -> str:
+    text = "## GPU\n\n"
+    entries = figures.all("gpu", point="gpu")
+    for why in dict.fromkeys(entry["why"].splitlines()[0] for entry in entries if "why" in entry):
+        text += f"{why}\n\n"
+    entries = [entry for entry in entries if "per_s" in entry]
+    if not entries:
+        return text
+    keys = ("workload", "predictor", "rows", "device")
+    rows = []
+    for values in dict.fromkeys(tuple(entry[key] for key in keys) for entry in entries):
+        where = dict(zip(keys, values, strict=True))
+        cells = [
+            number(figures.median("gpu", what, connections=connections, **where))
+            for connections in (1, 32, 128)
+            for what in ("per_s", "p50_ms")
+        ]
+        rows.append([*map(str, values), *cells])
+    heads = [f"{what}, {count} conn." for count in (1, 32, 128) for what in ("req/s", "p50 ms")]
+    return text + table(["", "predictor", "BATCH_MAX_ROWS", "device", *heads], rows)
+
+
+def _panels(figures: Figures) -> list[Panel]:
+    panels = []
+    for workload in figures.values("main", "workload"):
+        for what, point, unit in (
+            ("per_s", "closed 32", "requests/s, 32 connections"),
+            ("p50_ms", "closed 1", "p50 ms, 1 connection"),
+        ):
+            bars = [
+                Bar(figures.titles[name], value, number(value), name == OURS)
+                for name in figures.values("main", "contestant")
+                if (value := figures.main(what, workload, name, point)) is not None
+            ]
+            panels.append(Panel(f"{workload.upper()}: {WORKLOADS[workload]}", unit, bars))
+    return panels

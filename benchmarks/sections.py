@@ -1,0 +1,356 @@
+"""What is measured: each section gives a list of measurements, which are plain dictionaries."""
+
+import http.client
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from benchmarks.contestants import Command, Contestant, NotSupportedError, Place, Request
+from benchmarks.environments import BUILD
+from benchmarks.load import Exchange, Plan, Result, measure
+from benchmarks.servers.template.contestant import batch_request, settings
+from benchmarks.serving import Cores, Server, busy_s, free_port, shared_cores, split_cores
+from benchmarks.workloads import TOLERANCE, Workload
+
+Measurement = dict[str, Any]
+Environment = dict[str, str]
+
+OURS = "template"
+MANY = 32
+"""Connections of the closed loop that stands for capacity."""
+
+OPEN_LOOP_CONNECTIONS = 512
+SHARES = [0.5, 0.9]
+"""Of the capacity, in the open loop."""
+
+POLICIES: dict[str, Environment] = {
+    "learned": {"BATCH_POLICY": "learned"},
+    **{
+        f"window {wait_ms} ms": {"BATCH_POLICY": "window", "BATCH_MAX_WAIT_MS": str(wait_ms)}
+        for wait_ms in (0, 1, 5, 10)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Who takes part, in what, for how long."""
+
+    contestants: dict[str, Contestant]
+    places: dict[str, Place]
+    workloads: dict[str, Workload]
+    rounds: int
+    seconds: float
+    warm_up_s: float
+    cores: Cores = field(default_factory=split_cores)
+
+    def serve(self, name: str, workload: str, environment: Environment | None = None) -> "Running":
+        """A server of the contestant for the workload, whose answers have been checked.
+
+        Raises:
+            NotSupportedError: there can be none.
+            WrongAnswerError: it does not answer what the model says.
+        """
+        contestant = self.contestants[name]
+        port = free_port()
+        command = contestant.start(self.places[name], workload, port)
+        command = Command(
+            command.arguments, command.folder, command.environment | (environment or {})
+        )
+        exchanges = exchanges_of(contestant, self.workloads[workload])
+        log = BUILD / "logs" / f"{name}-{workload}.log"
+        server = Server(command, contestant.ready_path, port, log, self.cores.server)
+        running = Running(self, server, exchanges)
+        try:
+            running.check(exchanges)
+            running.load(MANY, seconds=self.warm_up_s)
+        except BaseException:
+            server.stop()
+            raise
+        return running
+
+
+class WrongAnswerError(Exception):
+    pass
+
+
+@dataclass
+class Loaded(Result):
+    cpu_us: float | None
+    """CPU time of the server for each answer."""
+
+    others: float | None
+    """The part of the server's core that others took: where it is large, the rest is noise."""
+
+
+@dataclass(frozen=True)
+class Running:
+    bench: Bench
+    server: Server
+    exchanges: list[Exchange]
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+
+    def check(self, exchanges: list[Exchange]) -> None:
+        """Ask each request once, and compare every answer with the model's."""
+        for exchange in exchanges:
+            if fault := exchange.fault(ask(self.server.port, exchange), TOLERANCE):
+                raise WrongAnswerError(fault)
+
+    def load(
+        self,
+        connections: int,
+        *,
+        rate: float | None = None,
+        seconds: float | None = None,
+        exchanges: list[Exchange] | None = None,
+    ) -> "Loaded":
+        cores = self.bench.cores
+        cpu_before_s, busy_before_s = self.server.cpu_s(), busy_s(cores.server)
+        started = perf_counter()
+        result = measure(
+            Plan(
+                port=self.server.port,
+                exchanges=exchanges or self.exchanges,
+                seconds=seconds or self.bench.seconds,
+                connections=connections,
+                rate=rate,
+                cpus=cores.load,
+                may_spin=cores.are_apart,
+            )
+        )
+        answers = sum(result.statuses.values())
+        cpu_s = self.server.cpu_s() - cpu_before_s
+        others_s = busy_s(cores.server) - busy_before_s - cpu_s
+        return Loaded(
+            **asdict(result),
+            cpu_us=cpu_s * 1e6 / answers if answers else None,
+            others=max(0.0, others_s) / (perf_counter() - started) if cores.are_apart else None,
+        )
+
+
+def exchanges_of(contestant: Contestant, workload: Workload) -> list[Exchange]:
+    exchanges = []
+    for body, score in zip(workload.bodies, workload.expected, strict=True):
+        request = contestant.request(workload.name, body)
+        exchanges.append(Exchange(http_bytes(request), [(request.answer_path, score)]))
+    return exchanges
+
+
+def batch_exchanges(workload: Workload, rows: int) -> list[Exchange]:
+    """Requests of our service with several rows each."""
+    exchanges = []
+    for first in range(0, len(workload.bodies), rows):
+        bodies = workload.bodies[first : first + rows]
+        request, paths = batch_request(bodies)
+        scores = workload.expected[first : first + rows]
+        exchanges.append(Exchange(http_bytes(request), list(zip(paths, scores, strict=True))))
+    return exchanges
+
+
+def http_bytes(request: Request) -> bytes:
+    head = (
+        f"POST {request.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\n"
+        f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.content)}\r\n\r\n"
+    )
+    return head.encode() + request.content
+
+
+def ask(port: int, exchange: Exchange) -> bytes:
+    """The body of the answer, whatever its status."""
+    head, _, content = exchange.request.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("POST", first.split()[1], content, headers)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
+def in_turns(bench: Bench, names: list[str]) -> Iterator[tuple[int, str]]:
+    """Each round has all of `names`; the next one begins with another."""
+    for number in range(bench.rounds):
+        first = number % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            yield number + 1, name
+
+
+def show(measurement: Measurement, result: Loaded | None = None) -> Measurement:
+    """Print a line on it, and give it with the result."""
+    where = "  ".join(str(value) for value in measurement.values())
+    if result is None:
+        print(where, flush=True)
+        return measurement
+    fault = ""
+    if not result.is_clean:
+        fault = f"  {result.statuses}, {result.lost} lost, {result.unsent} unsent"
+    if result.wrong:
+        fault += f", {result.wrong} of {result.checked} WRONG: {result.fault}"
+    figures = (
+        f"{result.per_s:8.0f}/s  p50 {result.p50_ms}  p99 {result.p99_ms} ms"
+        f"  CPU {result.cpu_us or 0:.0f} us  others {result.others or 0:.0%}"
+    )
+    print(f"{where:60} {figures}{fault}", flush=True)
+    return measurement | asdict(result)
+
+
+def main(bench: Bench) -> list[Measurement]:
+    """Every contestant in every workload: closed loop, open loop, memory, cold start."""
+    found: list[Measurement] = []
+    for workload in bench.workloads:
+        for number, name in in_turns(bench, list(bench.contestants)):
+            about = {"round": number, "workload": workload, "contestant": name}
+            try:
+                running = bench.serve(name, workload)
+            except (NotSupportedError, WrongAnswerError, RuntimeError, TimeoutError) as error:
+                found.append(show(about | {"point": "failed", "why": str(error)}))
+                continue
+            with running:
+                closed = running.load(MANY)
+                found.append(show(about | {"point": "closed 32"}, closed))
+                found.append(show(about | {"point": "closed 1"}, running.load(1)))
+                if workload in ("w1", "w2"):
+                    for share in SHARES:
+                        rate = share * closed.per_s
+                        result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
+                        point = {"point": f"open {share:.0%}", "rate": round(rate)}
+                        found.append(show(about | point, result))
+                memory = asdict(running.server.memory())
+                cold_start = {"cold_start_s": running.server.cold_start_s}
+                found.append(about | {"point": "process"} | memory | cold_start)
+    return found
+
+
+def growth(bench: Bench) -> list[Measurement]:
+    """Our service on W2: with the number of connections, of rows in a request, of workers."""
+    found: list[Measurement] = []
+    workload = bench.workloads["w2"]
+    for number in range(1, bench.rounds + 1):
+        with bench.serve(OURS, "w2") as running:
+            for rows in (1, 4, 16):
+                exchanges = batch_exchanges(workload, rows)
+                running.check(exchanges)
+                for connections in (1, 8, 32, 128):
+                    about = {
+                        "round": number,
+                        "point": "grid",
+                        "connections": connections,
+                        "rows": rows,
+                    }
+                    result = running.load(connections, exchanges=exchanges)
+                    found.append(show(about, result))
+        found += _workers(bench, number)
+    return found
+
+
+def _workers(bench: Bench, number: int) -> list[Measurement]:
+    """One worker and two, on two cores which the load generator shares with them."""
+    cores = shared_cores()
+    if len(cores.server) < 2:
+        return [show({"round": number, "point": "workers", "why": "one core only"})]
+    found = []
+    sharing = Bench(
+        bench.contestants,
+        bench.places,
+        bench.workloads,
+        bench.rounds,
+        bench.seconds,
+        bench.warm_up_s,
+        cores,
+    )
+    for workers in (1, 2):
+        with sharing.serve(OURS, "w2", {"WEB_CONCURRENCY": str(workers)}) as running:
+            about = {"round": number, "point": "workers", "workers": workers}
+            # Twice as many as fill a batch, so that each of two workers can fill its own.
+            found.append(show(about, running.load(2 * MANY)))
+    return found
+
+
+def policies(bench: Bench) -> list[Measurement]:
+    """Our learned wait against fixed windows, at every load."""
+    found: list[Measurement] = []
+    for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
+        with bench.serve(OURS, workload) as running:
+            capacity = median(running.load(MANY).per_s for _ in range(3))
+        found.append(show({"workload": workload, "point": "capacity", "per_s": capacity}))
+        for number, policy in in_turns(bench, list(POLICIES)):
+            about = {"round": number, "workload": workload, "policy": policy}
+            with bench.serve(OURS, workload, POLICIES[policy]) as running:
+                for connections in (1, 2, 8, 32):
+                    point = {"point": f"closed {connections}"}
+                    found.append(show(about | point, running.load(connections)))
+                for share in SHARES:
+                    rate = share * capacity
+                    point = {"point": f"open {share:.0%}"}
+                    result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
+                    found.append(show(about | point | {"rate": round(rate)}, result))
+        found += _longest_waits(bench, workload, 0.75 * capacity)
+    return found
+
+
+def _longest_waits(bench: Bench, workload: str, rate: float) -> list[Measurement]:
+    """At three quarters of the capacity, which no longest wait may make collapse."""
+    found = []
+    for number in range(1, bench.rounds + 1):
+        for policy in ("learned", "window"):
+            for wait_ms in (0, 1, 5, 20):
+                environment = {"BATCH_POLICY": policy, "BATCH_MAX_WAIT_MS": str(wait_ms)}
+                with bench.serve(OURS, workload, environment) as running:
+                    result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
+                about = {"round": number, "workload": workload, "point": "75%"}
+                about |= {"wait_policy": policy, "wait_ms": wait_ms, "rate": round(rate)}
+                found.append(show(about, result))
+    return found
+
+
+def gpu(bench: Bench) -> list[Measurement]:
+    """W3 on a GPU beside the CPU: by the rows that a batch may have; with sizes that are fixed
+    and run beforehand; and with the next batch prepared while one is computed."""
+    place = bench.places[OURS]
+    if not _has_cuda(place.python):
+        why = "skipped: the template's environment has no onnxruntime with CUDA"
+        return [show({"point": "gpu", "why": why})]
+    variants = [("w3", rows) for rows in (1, 8, 32, 128)] + [("w3_fixed", 32), ("w3_pipelined", 32)]
+    found: list[Measurement] = []
+    for workload in [name for name in ("w3", "w3b") if name in bench.workloads]:
+        for number in range(1, bench.rounds + 1):
+            for device in ("cpu", "cuda"):
+                for predictor, rows in variants:
+                    about: Measurement = {"round": number, "point": "gpu", "workload": workload}
+                    about |= {"device": device, "predictor": predictor, "rows": rows}
+                    environment = settings(place, predictor)
+                    environment |= {"DEVICE": device, "BATCH_MAX_ROWS": str(rows)}
+                    try:
+                        running = bench.serve(OURS, workload, environment)
+                    except (NotSupportedError, WrongAnswerError, RuntimeError) as error:
+                        found.append(show(about | {"why": str(error)}))
+                        continue
+                    with running:
+                        for connections in (1, 32, 128):
+                            result = running.load(connections)
+                            found.append(show(about | {"connections": connections}, result))
+    return found
+
+
+def _has_cuda(python: Path) -> bool:
+    code = "import onnxruntime; print(*onnxruntime.get_available_providers())"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return "CUDAExecutionProvider" in done.stdout
+
+
+SECTIONS: dict[str, Callable[[Bench], list[Measurement]]] = {
+    "main": main,
+    "growth": growth,
+    "policies": policies,
+    "gpu": gpu,
+}

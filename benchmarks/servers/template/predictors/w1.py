@@ -1,0 +1,39 @@
+"""Logistic regression in ONNX on 8 numbers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from app.onnx import open_session, provider_of
+from app.predictor import BaseFeatures, BasePrediction, BasePredictor, Device
+
+
+class Features(BaseFeatures):
+    f0: float
+    f1: float
+    f2: float
+    f3: float
+    f4: float
+    f5: float
+    f6: float
+    f7: float
+
+
+class Prediction(BasePrediction):
+    score: float
+
+
+class Predictor(BasePredictor[Features, Prediction]):
+    example = Features(f0=0.1, f1=-0.2, f2=0.3, f3=-0.4, f4=0.5, f5=-0.6, f6=0.7, f7=-0.8)
+
+    def load(self, artifact_dir: Path, device: Device) -> None:
+        self.session = open_session(artifact_dir / "model.onnx", device, threads=1)
+        self.provider = provider_of(self.session)
+
+    def predict(self, batch: list[Features]) -> list[Prediction]:
+        rows = np.array(
+            [[row.f0, row.f1, row.f2, row.f3, row.f4, row.f5, row.f6, row.f7] for row in batch],
+            np.float32,
+        )
+        [probabilities] = self.session.run(["probabilities"], {"rows": rows})
+        return [Prediction(score=score) for score in probabilities[:, 1].tolist()]
