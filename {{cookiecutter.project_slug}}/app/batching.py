@@ -269,12 +269,21 @@ class Collector(Generic[RowT, OutcomeT]):
         else:
             # In the next turn of the loop: what arrives in this one can still join.
             self._is_due = True
-            self._wake = self._loop.call_soon(self._start_batch, context=self._context)
+            start = partial(self._start_when_settled, self.rows_waiting)
+            self._wake = self._loop.call_soon(start, context=self._context)
 
     def _nearest_deadline(self, now: float) -> float:
         """When a batch has to begin at the latest for the heads of the queues to be in time."""
         nearest = min(next(iter(queue)).deadline for queue in self._queues.values())
         return max(now, nearest - 2 * self.cost(self.rows_waiting))
+
+    def _start_when_settled(self, rows_before: int) -> None:
+        """Start a batch, unless this turn of the loop brought more rows: so may the next."""
+        if rows_before < self.rows_waiting < self.limits.max_rows:
+            start = partial(self._start_when_settled, self.rows_waiting)
+            self._wake = self._loop.call_soon(start, context=self._context)
+        else:
+            self._start_batch()
 
     def _start_batch(self) -> None:
         self._wake, self._is_due = None, False
@@ -376,8 +385,7 @@ class Collector(Generic[RowT, OutcomeT]):
         """Deliver what the model gave for `parts`; if it failed, see what can be run again."""
         rows = sum(len(part.rows) for part in parts)
         seconds = self._clock() - started
-        self._metrics.batch_rows.observe(rows)
-        self._metrics.compute.observe(seconds)
+        self._metrics.ran(rows, seconds)
         try:
             outcomes = run.result()
         except OutOfMemory as error:

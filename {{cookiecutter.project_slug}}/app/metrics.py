@@ -48,11 +48,16 @@ class ModelMetrics:
         self._labels = (model, version)
         self.queue_rows = _queue_rows.labels(model, version)
         self.queue_wait = _queue_waits.labels(model, version)
-        self.batch_rows = _batch_rows.labels(model, version)
-        self.compute = _compute.labels(model, version)
+        self._batch_rows = _batch_rows.labels(model, version)
+        self._compute = _compute.labels(model, version)
         self.reruns = _reruns.labels(model, version)
         self.max_rows = _max_rows.labels(model, version)
         self._answered = _outcomes.labels(model, version, "ok")
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """A batch was run."""
+        self._batch_rows.observe(rows)
+        self._compute.observe(seconds)
 
     def rejected(self, reason: RejectReason) -> None:
         _rejections.labels(*self._labels, reason).inc()

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from functools import partial
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import ClassVar
 from uuid import uuid4
@@ -39,37 +39,63 @@ class Outbox:
             transport.write(data)
 
 
-class Protocol(HttpToolsProtocol):
-    outbox: ClassVar = Outbox()
+class Exchange:
+    """A request under way, for whoever can do more with it than ASGI allows.
 
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        # Extensions of ours to ASGI; see app.api.
-        self.scope["state"]["respond"] = partial(self._respond, self.cycle)
-        self.scope["state"]["requests"] = self.tasks
+    It is in the scope's state as "exchange". It has to be taken out, or it makes a reference cycle
+    of the request, which only the garbage collector would find.
+    """
 
-    def _respond(
-        self, cycle: RequestResponseCycle, status: int, headers: bytes, content: bytes
-    ) -> bool:
+    __slots__ = ("_cycle", "_protocol", "on_disconnect")
+
+    def __init__(self, protocol: "Protocol", cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+        self.on_disconnect: Callable[[], object] | None = None
+        """Called when the client has left before the answer."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._protocol.loop
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other request is under way, or was received in this turn of the loop."""
+        return len(self._protocol.tasks) == 1
+
+    def has_lost(self, cycle: RequestResponseCycle) -> bool:
+        return cycle is self._cycle and not cycle.response_complete
+
+    def respond(self, status: int, headers: bytes, content: bytes) -> bool:
         """Send a whole answer; `headers` are lines. False: it has to go the usual way.
 
         Past ASGI an answer takes one system call in place of two, each of which wakes the client
         up, and its headers are not checked one by one.
         """
-        if cycle.response_started or not cycle.keep_alive or self.flow.write_paused:
+        cycle, protocol = self._cycle, self._protocol
+        if cycle.response_started or not cycle.keep_alive or protocol.flow.write_paused:
             return False
         if not cycle.disconnected:
             cycle.response_started = cycle.response_complete = True
-            usual = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
-            parts = (STATUS_LINE[status], *usual, headers, b"\r\n", content)
-            if len(self.tasks) == 1:
-                self.transport.write(b"".join(parts))
+            usual = [b"%b: %b\r\n" % header for header in protocol.server_state.default_headers]
+            data = b"".join((STATUS_LINE[status], *usual, headers, b"\r\n", content))
+            if self.is_alone:
+                protocol.transport.write(data)
             else:
-                self.outbox.put(self.transport, b"".join(parts))
+                protocol.outbox.put(protocol.transport, data)
             cycle.message_event.set()
             # The next request of a pipeline begins in the next turn, so after the outbox.
             cycle.on_response()
         return True
+
+
+class Protocol(HttpToolsProtocol):
+    outbox: ClassVar = Outbox()
+    exchange: Exchange | None = None
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self.exchange = self.scope["state"]["exchange"] = Exchange(self, self.cycle)
 
     def shutdown(self) -> None:
         self.outbox.send()
@@ -86,13 +112,10 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        cycle = self.cycle
+        exchange, self.exchange = self.exchange, None
         super().connection_lost(exc)
-        if cycle and not cycle.response_complete:
-            # Work for a client that has left need not be done; see app.api.json_route.
-            leave = cycle.scope["state"].get("on_disconnect")
-            if leave:
-                leave()
+        if exchange and exchange.on_disconnect and exchange.has_lost(self.cycle):
+            exchange.on_disconnect()
 
     def send_400_response(self, msg: str) -> None:
         self.outbox.send()

@@ -28,6 +28,7 @@ from app.errors import (
     invalid_input,
 )
 from app.metrics import RouteMetrics
+from app.protocol import Exchange
 from app.settings import Settings
 
 CLIENT_LEFT = 499
@@ -58,13 +59,12 @@ class Call:
     """When its header was there, by `perf_counter`."""
 
     headers: Headers
-    state: dict[str, Any]
-    """ASGI's, shared with app.protocol."""
+    exchange: Exchange | None
+    """What app.protocol has to offer, if it is the one that serves."""
 
     @property
     def is_alone(self) -> bool:
-        """Whether no other request is under way, or was received with this one."""
-        return len(self.state.get("requests", ())) == 1
+        return self.exchange is not None and self.exchange.is_alone
 
     deadline: float = 0
     """By `monotonic`."""
@@ -145,7 +145,8 @@ class JsonRoute:
         call.priority = _priority(call.headers)
         self._admit(call.headers, call.deadline)
         parse = self._parser(call.headers)
-        task = asyncio.current_task()
+        # To look for the running loop takes a system call.
+        task = asyncio.current_task(call.exchange.loop if call.exchange else None)
         assert task  # noqa: S101
         content = await self._read(receive, call, task)
         try:
@@ -159,8 +160,8 @@ class JsonRoute:
             has_left = True
             task.cancel()
 
-        # app.protocol calls it.
-        call.state["on_disconnect"] = leave
+        if call.exchange:
+            call.exchange.on_disconnect = leave
         try:
             return to_json(await self._endpoint(body, call), by_alias=True)
         except asyncio.CancelledError:

@@ -58,7 +58,9 @@ class RequestContext:
         given = headers.get(b"x-request-id", b"")
         is_sane = SANE_REQUEST_ID.fullmatch(given)
         request_id = given.decode("ascii") if is_sane else new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        exchange = state.pop("exchange", None)
         # Each request is a task, so nothing else sees this.
         current_request_id.set(request_id)
         path: str = scope["path"]
@@ -77,7 +79,7 @@ class RequestContext:
 
         try:
             if route:
-                call = Call(request_id, started, headers, scope["state"])
+                call = Call(request_id, started, headers, exchange)
                 status = await self._answer(route, call, scope, receive, send_with_context)
             else:
                 await self.app(scope, receive, send_with_context)
@@ -112,11 +114,13 @@ class RequestContext:
             return error.status
         except ServiceError as error:
             reply = problem_reply(error, call.request_id)
-        # app.protocol offers to send it at once. Taken out, as it would make a reference cycle of
-        # the request, which the garbage collector would have to find.
-        respond = call.state.pop("respond", lambda *_: False)
         lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
-        has_to_close = self.lifecycle.is_ending or "Connection" in reply.headers
-        if has_to_close or not respond(reply.status, lines, reply.content):
+        may_stay_open = not self.lifecycle.is_ending and "Connection" not in reply.headers
+        is_sent = (
+            may_stay_open
+            and call.exchange
+            and call.exchange.respond(reply.status, lines, reply.content)
+        )
+        if not is_sent:
             await reply.send(send)
         return reply.status
