@@ -27,7 +27,7 @@ from app.errors import (
     PredictionFailed,
     ServiceError,
 )
-from app.metrics import ModelMetrics, RejectReason
+from app.metrics import ModelMetrics
 from app.waiting import MEMORY, WaitPolicy
 
 log = logging.getLogger(__name__)
@@ -167,27 +167,22 @@ class Collector(Generic[RowT, OutcomeT]):
         by_cost = (batches // self.limits.slots) * self.cost(self.limits.max_rows)
         return max(by_cost, batches * self._turnaround)
 
-    def admit(self, rows: int, deadline: float) -> None:
-        """
-        Raises:
-            NotReady: no more requests are taken.
-            Overloaded: there is no room for `rows`, or the deadline would pass in the queue.
-        """
+    def refusal(self, rows: int, deadline: float) -> ServiceError | None:
+        """Why `rows` would not be taken: NotReady, or Overloaded as there is no room for them or
+        the deadline would pass in the queue. Counted, if there is a reason."""
         if self.state is not State.ACCEPTING:
-            raise self._refusal("not_ready", NotReady("The service is stopping."))
+            self._metrics.rejected("not_ready")
+            return NotReady("The service is stopping.")
         if self.rows_waiting + rows > self.limits.queue_max_rows:
-            error = Overloaded("Too many rows wait for the model.", self.expected_wait())
-            raise self._refusal("queue_full", error)
+            self._metrics.rejected("queue_full")
+            return Overloaded("Too many rows wait for the model.", self.expected_wait())
         # An idle model is always asked: what is known of its cost may have been a fluke.
         if self._batches:
             wait = self.expected_wait()
             if self._clock() + wait + self.cost(rows) > deadline:
-                error = Overloaded("The model would not get to this request in time.", wait)
-                raise self._refusal("deadline", error)
-
-    def _refusal(self, reason: RejectReason, error: ServiceError) -> ServiceError:
-        self._metrics.rejected(reason)
-        return error
+                self._metrics.rejected("deadline")
+                return Overloaded("The model would not get to this request in time.", wait)
+        return None
 
     async def submit(
         self,
@@ -208,7 +203,9 @@ class Collector(Generic[RowT, OutcomeT]):
             DeadlineExceeded: the deadline passed.
             PredictionFailed: the model failed on these rows.
         """
-        self.admit(len(rows), deadline)
+        refusal = self.refusal(len(rows), deadline)
+        if refusal:
+            raise refusal
         now = self._clock()
         group = (priority, shape_key)
         self._count += 1

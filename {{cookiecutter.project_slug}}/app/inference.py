@@ -24,17 +24,13 @@ class Answer(NamedTuple):
     """Those of the outcomes that are no predictions, by the number of the row."""
 
 
-def admit(model: ServedModel, deadline: float) -> None:
-    """Refuse early what would be refused anyway, before anything is spent on the request.
-
-    Raises:
-        ServiceError: the model is not ready, or overloaded.
-    """
-    try:
-        model.admit(deadline)
-    except ServiceError as error:
+def refusal(model: ServedModel, deadline: float) -> ServiceError | None:
+    """Why a request would be refused now, before anything is spent on it: the model is not ready,
+    or overloaded. Counted, if there is a reason."""
+    error = model.refusal(deadline)
+    if error:
         _count(model, error)
-        raise
+    return error
 
 
 async def predict(

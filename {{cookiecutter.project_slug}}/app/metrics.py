@@ -1,5 +1,6 @@
 """Prometheus metrics: of requests by route, of batches by model."""
 
+from functools import cache
 from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -45,14 +46,14 @@ class ModelMetrics:
     """The metrics of one version of one model. Looking labels up takes longer than counting."""
 
     def __init__(self, model: str, version: str) -> None:
-        self._labels = (model, version)
+        self._rejection = cache(lambda reason: _rejections.labels(model, version, reason))
+        self._outcome = cache(lambda outcome: _outcomes.labels(model, version, outcome))
         self.queue_rows = _queue_rows.labels(model, version)
         self.queue_wait = _queue_waits.labels(model, version)
         self._batch_rows = _batch_rows.labels(model, version)
         self._compute = _compute.labels(model, version)
         self.reruns = _reruns.labels(model, version)
         self.max_rows = _max_rows.labels(model, version)
-        self._answered = _outcomes.labels(model, version, "ok")
 
     def ran(self, rows: int, seconds: float) -> None:
         """A batch was run."""
@@ -60,30 +61,23 @@ class ModelMetrics:
         self._compute.observe(seconds)
 
     def rejected(self, reason: RejectReason) -> None:
-        _rejections.labels(*self._labels, reason).inc()
+        self._rejection(reason).inc()
 
     def ended(self, outcome: Outcome) -> None:
         """A request to the model has ended so."""
-        if outcome == "ok":
-            self._answered.inc()
-        else:
-            _outcomes.labels(*self._labels, outcome).inc()
+        self._outcome(outcome).inc()
 
 
 class RouteMetrics:
     """The metrics of the requests to one route."""
 
     def __init__(self, method: str, handler: str) -> None:
-        self._labels = (method, handler)
-        self._ok = _requests.labels(method, handler, "200")
+        self._count = cache(lambda status: _requests.labels(method, handler, str(status)))
         self._durations = _durations.labels(method, handler)
 
     def ended(self, status: int, seconds: float) -> None:
         """A request was answered."""
-        if status == 200:
-            self._ok.inc()
-        else:
-            _requests.labels(*self._labels, str(status)).inc()
+        self._count(status).inc()
         self._durations.observe(seconds)
 
 

@@ -7,6 +7,7 @@ from http import HTTPStatus
 from typing import ClassVar
 from uuid import uuid4
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -63,8 +64,9 @@ class Exchange:
         """Whether no other request is under way, or was received in this turn of the loop."""
         return len(self._protocol.tasks) == 1
 
-    def has_lost(self, cycle: RequestResponseCycle) -> bool:
-        return cycle is self._cycle and not cycle.response_complete
+    @property
+    def is_answered(self) -> bool:
+        return self._cycle.response_complete
 
     def respond(self, status: int, headers: bytes, content: bytes) -> bool:
         """Send a whole answer; `headers` are lines. False: it has to go the usual way.
@@ -93,9 +95,13 @@ class Protocol(HttpToolsProtocol):
     outbox: ClassVar = Outbox()
     exchange: Exchange | None = None
 
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self.exchange = self.scope["state"]["exchange"] = Exchange(self, self.cycle)
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self.exchange = Exchange(self, cycle)
+        # Of app.api.middleware; the tests of a protocol have other apps.
+        refuse = getattr(app, "refuse", None)
+        if refuse is None or not refuse(cycle.scope, self.exchange):
+            cycle.scope["state"]["exchange"] = self.exchange
+            super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
         self.outbox.send()
@@ -114,7 +120,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None
         super().connection_lost(exc)
-        if exchange and exchange.on_disconnect and exchange.has_lost(self.cycle):
+        if exchange and exchange.on_disconnect and not exchange.is_answered:
             exchange.on_disconnect()
 
     def send_400_response(self, msg: str) -> None:

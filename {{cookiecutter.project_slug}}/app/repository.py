@@ -187,12 +187,11 @@ class ServedModel:
                 ", ".join(sorted(trained ^ served)),
             )
 
-    def admit(self, deadline: float) -> None:
-        """
-        Raises:
-            ServiceError: a request would be refused whatever it holds.
-        """
-        self._accepting().admit(1, deadline)
+    def refusal(self, deadline: float) -> ServiceError | None:
+        """Why a request would be refused whatever it holds, if it would."""
+        if self._collector is None:
+            return NotReady(f"Model {self.name} is {self.state}.")
+        return self._collector.refusal(1, deadline)
 
     def _accepting(self) -> Collector[BaseFeatures, Outcome]:
         if self._collector is None:

@@ -18,11 +18,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.types import Receive
 
+from app.api.keys import ApiKeys
 from app.deadlines import Deadlines
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
     FieldError,
+    ServiceError,
     UnsupportedMediaType,
     invalid_fields,
     invalid_input,
@@ -85,8 +87,17 @@ def _documented(
     """The headers that make up a call."""
 
 
-Endpoint = Callable[[Any, Call], Awaitable[Mapping[str, Any]]]
-"""Gets the body, and gives the fields of the answer, which may hold pydantic models."""
+@dataclass(frozen=True)
+class Endpoint:
+    """A function that answers, and what FastAPI is told of it."""
+
+    function: Callable[[Any, Call], Awaitable[Mapping[str, Any]]]
+    """Gets the body, and gives the fields of the answer, which may hold pydantic models."""
+
+    request_type: type[BaseModel]
+    response_type: type[BaseModel]
+    summary: str
+
 
 CallParameter = Annotated[Call, Depends(_documented)]
 
@@ -96,22 +107,23 @@ class ClientLeft(Exception):
 
 
 class JsonRoute:
-    """Answers one path: reads the body into `body_model`, and calls `endpoint`.
+    """Answers one path: reads the body, and calls `endpoint`.
 
     Args:
-        admit: called with the headers and the deadline before the body is read; may refuse.
+        refusal: asked with the deadline, before the body is read, why not to answer.
     """
 
     def __init__(
         self,
         path: str,
         endpoint: Endpoint,
-        body_model: type[BaseModel],
         settings: Settings,
-        admit: Callable[[Headers, float], None],
+        keys: ApiKeys,
+        refusal: Callable[[float], ServiceError | None],
     ) -> None:
         self.path = path
-        self._endpoint = endpoint
+        self._endpoint = endpoint.function
+        body_model = endpoint.request_type
         self._parse: Parse = body_model.model_validate_json
         self._parse_raw: Parse | None = None
         # Imported by the predictors that have arrays; the service itself does without NumPy.
@@ -119,7 +131,8 @@ class JsonRoute:
             self._parse_arrays(body_model)
         self._timeout_s = settings.request_timeout_s
         self._max_body_bytes = settings.max_body_bytes
-        self._admit = admit
+        self._keys = keys
+        self._refusal = refusal
         self.metrics = RouteMetrics("POST", path)
         self._reading: Deadlines[Task] = Deadlines(self._stop_reading)
         self._late: set[Task] = set()
@@ -134,6 +147,10 @@ class JsonRoute:
         if raw:
             self._parse_raw = lambda body: body_model.model_construct(features=raw.read(body))
 
+    def refuse(self) -> ServiceError | None:
+        """Why not even to look at a request, if it is so."""
+        return self._refusal(monotonic() + self._timeout_s)
+
     async def answer(self, call: Call, receive: Receive) -> bytes:
         """The JSON of the answer.
 
@@ -141,9 +158,12 @@ class JsonRoute:
             ServiceError: the request is refused, or the endpoint raised it.
             ClientLeft: there is nobody to answer any more.
         """
+        self._keys.check(call.headers)
         call.deadline = monotonic() + self._timeout(call.headers)
         call.priority = _priority(call.headers)
-        self._admit(call.headers, call.deadline)
+        refusal = self._refusal(call.deadline)
+        if refusal:
+            raise refusal
         parse = self._parser(call.headers)
         # To look for the running loop takes a system call.
         task = asyncio.current_task(call.exchange.loop if call.exchange else None)

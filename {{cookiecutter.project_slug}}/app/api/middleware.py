@@ -14,6 +14,7 @@ from app.api.reply import JSON, Reply
 from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
 from app.logs import AccessLog, current_request_id
+from app.protocol import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,25 @@ class RequestContext:
         self.lifecycle = lifecycle
         self.access_log = access_log
 
+    def refuse(self, scope: Scope, exchange: Exchange) -> bool:
+        """Answer a request for a model that is overloaded, if this is one.
+
+        app.protocol asks this before it makes a task of the request: while there is too much to
+        do, to say so has to cost as little as can be, or nothing else gets done.
+        """
+        route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
+        error = route.refuse() if route else None
+        if route is None or error is None or self.lifecycle.is_ending:
+            return False
+        started = perf_counter()
+        request_id = new_request_id()
+        reply = problem_reply(error, request_id)
+        lines = reply.header_lines + b"x-request-id: %b\r\n" % request_id.encode()
+        if not exchange.respond(reply.status, lines, reply.content):
+            return False
+        self._note(scope, reply.status, started, request_id, route)
+        return True
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -63,8 +83,7 @@ class RequestContext:
         exchange = state.pop("exchange", None)
         # Each request is a task, so nothing else sees this.
         current_request_id.set(request_id)
-        path: str = scope["path"]
-        route = self.routes.get(path) if scope["method"] == "POST" else None
+        route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
         status = 0
 
         async def send_with_context(message: Message) -> None:
@@ -88,7 +107,14 @@ class RequestContext:
             if not status:
                 error = ServiceError("An unexpected error; the log has it by the request id.")
                 await problem_response(error, request_id)(scope, receive, send_with_context)
+        self._note(scope, status, started, request_id, route)
+
+    def _note(
+        self, scope: Scope, status: int, started: float, request_id: str, route: JsonRoute | None
+    ) -> None:
+        """Count and log a request that has been answered."""
         seconds = perf_counter() - started
+        path: str = scope["path"]
         if route:
             route.metrics.ended(status, seconds)
         self.access_log.write(

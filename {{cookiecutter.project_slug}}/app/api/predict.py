@@ -1,8 +1,8 @@
 """POST /v1/predict and /v1/predict/batch, and the same for each model by name."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from time import perf_counter
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from fastapi import Body, FastAPI
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
 
 from app import inference
-from app.api.json_route import Call, CallParameter, Endpoint, Headers, JsonRoute
+from app.api.json_route import Call, CallParameter, Endpoint, JsonRoute
 from app.api.keys import ApiKeys
 from app.api.problems import problems
 from app.errors import FieldError, InvalidInput, invalid_fields
@@ -76,7 +76,7 @@ def add_predict_routes(
     """
     routes: list[JsonRoute] = []
 
-    def add(path: str, model: ServedModel, endpoint: Documented) -> None:
+    def add(path: str, model: ServedModel, endpoint: Endpoint) -> None:
         app.router.add_api_route(
             path,
             endpoint.function,
@@ -87,12 +87,8 @@ def add_predict_routes(
             tags=["predict"],
         )
 
-        def admit(headers: Headers, deadline: float) -> None:
-            keys.check(headers)
-            inference.admit(model, deadline)
-
-        route = JsonRoute(path, endpoint.function, endpoint.request_type, settings, admit)
-        routes.append(route)
+        refusal = partial(inference.refusal, model)
+        routes.append(JsonRoute(path, endpoint, settings, keys, refusal))
 
     for name, model in repository.models.items():
         prefixes = [f"/v1/models/{name}"]
@@ -110,17 +106,7 @@ def add_predict_routes(
     return routes
 
 
-@dataclass(frozen=True)
-class Documented:
-    """An endpoint and what FastAPI is told of it."""
-
-    function: Endpoint
-    request_type: type[BaseModel]
-    response_type: type[BaseModel]
-    summary: str
-
-
-def _single(model: ServedModel) -> Documented:
+def _single(model: ServedModel) -> Endpoint:
     predictor = model.predictor_class
     title = _title(model)
     request_type = create_model(
@@ -138,10 +124,10 @@ def _single(model: ServedModel) -> Documented:
         return {**_envelope(call, model, answer), "prediction": answer.outcomes[0]}
 
     _declare_body(predict, request_type, example)
-    return Documented(predict, request_type, response_type, f"Score one row with {model.name}")
+    return Endpoint(predict, request_type, response_type, f"Score one row with {model.name}")
 
 
-def _batch(model: ServedModel, max_instances: int) -> Documented:
+def _batch(model: ServedModel, max_instances: int) -> Endpoint:
     predictor = model.predictor_class
     title = _title(model)
     rows = Annotated[list[predictor.features], Field(min_length=1, max_length=max_instances)]  # type: ignore[name-defined]
@@ -162,7 +148,7 @@ def _batch(model: ServedModel, max_instances: int) -> Documented:
         return {**_envelope(call, model, answer), "predictions": answer.outcomes}
 
     _declare_body(predict, request_type, example)
-    return Documented(predict, request_type, response_type, f"Score rows with {model.name}")
+    return Endpoint(predict, request_type, response_type, f"Score rows with {model.name}")
 
 
 def ask(
