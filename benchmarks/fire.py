@@ -473,7 +473,7 @@ def main() -> None:
             print(f"\n{trial.title}", flush=True)
             results[name] = []
             for target in targets:
-                rows = trial.run(target, float(os.environ.get("SCALE","0.2")) if arguments.quick else 1)
+                rows = trial.run(target, 0.2 if arguments.quick else 1)
                 for row in rows:
                     print("  " + " | ".join(row), flush=True)
                 results[name] += rows

@@ -40,6 +40,11 @@ MAX_RERUNS = 16
 a hundred, or for three among thirty-two."""
 
 
+BURST = 1.5
+"""A turn of the event loop that multiplies the rows that wait by this is part of a burst, such as
+of callers that were answered together. With less, arrivals at random would put a batch off."""
+
+
 class State(StrEnum):
     ACCEPTING = "accepting"
     DRAINING = "draining"
@@ -275,8 +280,8 @@ class Collector(Generic[RowT, OutcomeT]):
         return max(now, nearest - 2 * self.cost(self.rows_waiting))
 
     def _start_when_settled(self, rows_before: int) -> None:
-        """Start a batch, unless this turn of the loop brought more rows: so may the next."""
-        if rows_before < self.rows_waiting < self.limits.max_rows:
+        """Start a batch, unless this turn of the loop brought many more rows: so may the next."""
+        if BURST * rows_before <= self.rows_waiting < self.limits.max_rows:
             start = partial(self._start_when_settled, self.rows_waiting)
             self._wake = self._loop.call_soon(start, context=self._context)
         else:
@@ -370,6 +375,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
         # The slot is free before the next batch is bound.
         self._batches.discard(batch)
+        self._metrics.queue_rows.set(self.rows_waiting)
         self._schedule()
 
     def _ended(
@@ -384,7 +390,8 @@ class Collector(Generic[RowT, OutcomeT]):
         seconds = self._clock() - started
         self._metrics.ran(rows, seconds)
         try:
-            outcomes = run.result()
+            self._deliver(parts, run.result())
+            self.cost.ran(rows, seconds)
         except OutOfMemory as error:
             self._shrink(batch, parts, rows, error)
         except PredictionFailed as error:
@@ -394,9 +401,6 @@ class Collector(Generic[RowT, OutcomeT]):
             log.exception("the batch collector failed")
             for part in parts:
                 _fail(part.request, PredictionFailed("The batch could not be run."))
-        else:
-            self.cost.ran(rows, seconds)
-            self._deliver(parts, outcomes)
 
     def _bisect(
         self,

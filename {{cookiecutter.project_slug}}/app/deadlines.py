@@ -27,7 +27,7 @@ class Deadlines(Generic[ItemT]):
         self._rings_at = float("inf")
 
     def add(self, item: ItemT, deadline: float) -> None:
-        """`deadline` is in seconds on the event loop's clock; infinity never passes."""
+        """`deadline` is by `monotonic`, which timers go by, too; infinity never passes."""
         self._deadlines[item] = deadline
         if deadline < self._rings_at:
             self._set_timer(deadline)
@@ -37,9 +37,6 @@ class Deadlines(Generic[ItemT]):
 
     def items(self) -> list[ItemT]:
         return list(self._deadlines)
-
-    def __len__(self) -> int:
-        return len(self._deadlines)
 
     def _set_timer(self, at: float) -> None:
         if self._timer:

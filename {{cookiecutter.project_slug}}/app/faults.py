@@ -1,7 +1,9 @@
 """What a model's exception means for the batches after it. Knows CUDA by its messages alone."""
 
 from app.errors import ModelLost, OutOfMemory, PredictionFailed
+from app.predictor import Provider
 
+OUT_OF_MEMORY_DETAIL = "The model ran out of memory on this request."
 OUT_OF_MEMORY = (
     "out of memory",
     "failed to allocate memory",
@@ -29,11 +31,19 @@ BROKEN_CONTEXT = (
 `cudaError_t`, the process must be terminated and relaunched."""
 
 
-def failure(error: BaseException) -> PredictionFailed:
-    """What `error`, which `predict` raised, is to the collector. The caller is not told why."""
-    text = f"{type(error).__name__}: {error}".lower()
-    if "cuda" in text and any(phrase in text for phrase in BROKEN_CONTEXT):
-        return ModelLost("The model's device failed.")
-    if isinstance(error, MemoryError) or any(phrase in text for phrase in OUT_OF_MEMORY):
-        return OutOfMemory("The model ran out of memory on this request.")
+def failure(error: BaseException, provider: Provider) -> PredictionFailed:
+    """What `error`, which `predict` raised on `provider`, is to the collector. The caller is not
+    told why.
+
+    Errors of the kinds that data causes are that, whatever they say: they tend to quote it.
+    """
+    if isinstance(error, MemoryError):
+        return OutOfMemory(OUT_OF_MEMORY_DETAIL)
+    if not isinstance(error, (ValueError, LookupError, TypeError, ArithmeticError)):
+        text = f"{type(error).__name__}: {error}".lower()
+        is_cuda = provider == "cuda" and "cuda" in text
+        if is_cuda and any(phrase in text for phrase in BROKEN_CONTEXT):
+            return ModelLost("The model's device failed.")
+        if any(phrase in text for phrase in OUT_OF_MEMORY):
+            return OutOfMemory(OUT_OF_MEMORY_DETAIL)
     return PredictionFailed("The model failed on this request.")

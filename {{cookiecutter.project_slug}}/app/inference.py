@@ -44,7 +44,7 @@ async def predict(
     """Score `rows`, which are valid features of `model`.
 
     Args:
-        deadline: in seconds on the event loop's clock.
+        deadline: by `time.monotonic`.
         priority: the smaller one goes first.
         is_alone: no other request came with this one, so it need not wait for any.
 

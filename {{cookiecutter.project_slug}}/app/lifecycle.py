@@ -113,6 +113,11 @@ class Lifecycle:
         return self.phase in (Phase.DRAINING, Phase.LOST)
 
     @property
+    def has_failed(self) -> bool:
+        """Whether a model could not be loaded."""
+        return self.phase is Phase.FAILED
+
+    @property
     def is_broken(self) -> bool:
         """Whether this process has to end by itself."""
         return self.phase in (Phase.FAILED, Phase.LOST)

@@ -37,7 +37,9 @@ class Outbox:
     def send(self) -> None:
         waiting, self._waiting = self._waiting, []
         for transport, data in waiting:
-            transport.write(data)
+            # The write would raise, and those after it would never be answered.
+            if not transport.is_closing():
+                transport.write(data)
 
 
 class Exchange:
@@ -65,8 +67,20 @@ class Exchange:
         return len(self._protocol.tasks) == 1
 
     @property
-    def is_answered(self) -> bool:
-        return self._cycle.response_complete
+    def may_respond(self) -> bool:
+        """Whether `respond` would send an answer."""
+        cycle = self._cycle
+        is_open = cycle.keep_alive and not self._protocol.flow.write_paused
+        return is_open and not cycle.response_started
+
+    def leave(self) -> None:
+        """The client has left. uvicorn tells the last request of a pipeline alone."""
+        if self._cycle.response_complete:
+            return
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+        if self.on_disconnect:
+            self.on_disconnect()
 
     def respond(self, status: int, headers: bytes, content: bytes) -> bool:
         """Send a whole answer; `headers` are lines. False: it has to go the usual way.
@@ -75,16 +89,15 @@ class Exchange:
         up, and its headers are not checked one by one.
         """
         cycle, protocol = self._cycle, self._protocol
-        if cycle.response_started or not cycle.keep_alive or protocol.flow.write_paused:
+        if not self.may_respond:
             return False
         if not cycle.disconnected:
             cycle.response_started = cycle.response_complete = True
             usual = [b"%b: %b\r\n" % header for header in protocol.server_state.default_headers]
             data = b"".join((STATUS_LINE[status], *usual, headers, b"\r\n", content))
+            protocol.outbox.put(protocol.transport, data)
             if self.is_alone:
-                protocol.transport.write(data)
-            else:
-                protocol.outbox.put(protocol.transport, data)
+                protocol.outbox.send()
             cycle.message_event.set()
             # The next request of a pipeline begins in the next turn, so after the outbox.
             cycle.on_response()
@@ -94,14 +107,32 @@ class Exchange:
 class Protocol(HttpToolsProtocol):
     outbox: ClassVar = Outbox()
     exchange: Exchange | None = None
+    is_in_message = False
+    """Whether the parser has seen the begin of a request and not its end."""
+
+    def on_message_begin(self) -> None:
+        self.is_in_message = True
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self.is_in_message = False
+        super().on_message_complete()
+        if self.cycle.response_complete and not self.timeout_keep_alive_task:
+            # It was answered before its body was there, which ended the wait for the next one.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self.exchange = Exchange(self, cycle)
-        # Of app.api.middleware; the tests of a protocol have other apps.
-        refuse = getattr(app, "refuse", None)
-        if refuse is None or not refuse(cycle.scope, self.exchange):
-            cycle.scope["state"]["exchange"] = self.exchange
-            super()._start_asgi_task(cycle, app)
+        refuse = getattr(app, "refuse", None)  # of app.api.middleware
+        # Of those that waited in a pipeline, each refusal would begin the next one within itself.
+        may_refuse = not self.pipeline and self.exchange.may_respond
+        if refuse and may_refuse and refuse(cycle.scope, self.exchange):
+            cycle.on_response = lambda: None
+            return
+        cycle.scope["state"]["exchange"] = self.exchange
+        super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
         self.outbox.send()
@@ -111,8 +142,7 @@ class Protocol(HttpToolsProtocol):
         # Java's HttpClient offers HTTP/2 with every request over plain HTTP. The parser would
         # stop after the header and lose the body (Kludex/uvicorn#2722); the offer may be ignored
         # (RFC 9110, section 7.8).
-        begins_request = self.cycle is None or self.cycle.response_complete
-        if begins_request and b"h2c" in data:
+        if not self.is_in_message and b"h2c" in data:
             head, end, body = data.partition(b"\r\n\r\n")
             data = H2C_OFFER.sub(b"", head + end[:2]) + end[2:] + body
         super().data_received(data)
@@ -120,8 +150,8 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None
         super().connection_lost(exc)
-        if exchange and exchange.on_disconnect and not exchange.is_answered:
-            exchange.on_disconnect()
+        if exchange:
+            exchange.leave()
 
     def send_400_response(self, msg: str) -> None:
         self.outbox.send()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import sys
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from enum import StrEnum
@@ -110,6 +111,8 @@ class ServedModel:
         cost = await self._measure(max_rows)
         policy = LearnedReturns(max_rows, cost) if is_learned else FixedWindow(max_wait, cost)
         limits = Limits(max_rows, settings.queue_max_rows, max_wait, self._runner.slots, sizes)
+        for reason in what_prevents_batches(settings, max_rows):
+            log.warning("%s: %s", self.name, reason)
         self.metrics = ModelMetrics(self.name, version)
         self.metrics.max_rows.set(max_rows)
         return Collector(self._runner.run, limits, policy, self.metrics)
@@ -117,7 +120,8 @@ class ServedModel:
     async def _measure(self, max_rows: int) -> BatchCost:
         """Learn what batches take, and whether they may run on the event loop."""
         example, runner, cost = self.predictor_class.example, self._runner, BatchCost()
-        cost.ran(1, seconds := await runner.measure([example]))
+        least = (self.predictor_class.allowed_batch_sizes or (1,))[0]
+        cost.ran(least, seconds := await runner.measure([example] * least))
         if seconds < INLINE_BELOW_S:
             cost.ran(max_rows, seconds := await runner.measure([example] * max_rows))
         is_quick = seconds < INLINE_BELOW_S and runner.predictor.provider == "cpu"
@@ -228,7 +232,7 @@ class ServedModel:
             for number, row in enumerate(rows):
                 numbers.setdefault(self._runner.predictor.shape_key(row), []).append(number)
         except Exception as error:
-            raise failure(error) from error
+            raise failure(error, self._runner.predictor.provider) from error
         if len(numbers) == 1:
             [key] = numbers
             return await collector.submit(rows, deadline, priority=priority, shape_key=key)
@@ -260,6 +264,29 @@ class ServedModel:
         if self._collector:
             self._collector.close()
         self._runner.close()
+
+
+def what_prevents_batches(settings: Settings, max_rows: int) -> list[str]:
+    """Settings that keep batches from ever having `max_rows` rows, and what to do about them."""
+    found = []
+    if settings.queue_max_rows < max_rows:
+        found.append(
+            f"QUEUE_MAX_ROWS={settings.queue_max_rows} is less than a batch of {max_rows} rows, "
+            "so batches are never full; raise it, or lower BATCH_MAX_ROWS"
+        )
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files < max_rows:
+        found.append(
+            f"only {files} files can be open, connections included, which is less than a batch of "
+            f"{max_rows} rows; raise the limit (ulimit -n), or lower BATCH_MAX_ROWS"
+        )
+    max_wait = settings.batch_max_wait_ms / 1000
+    if settings.batch_policy == "window" and max_wait >= settings.request_timeout_s:
+        found.append(
+            f"BATCH_MAX_WAIT_MS={settings.batch_max_wait_ms:g} is not less than "
+            "REQUEST_TIMEOUT_S, so who comes alone spends all of it on waiting; lower it"
+        )
+    return found
 
 
 class ModelRepository:

@@ -39,6 +39,10 @@ MEMORY_RUNS = 100
 """Runs over which the time that they take is averaged."""
 
 
+MAX_TIMES_BACK = 3
+"""How often a model may be sent from the event loop to its thread before it stays there."""
+
+
 class Pace:
     """Whether batches are quick enough, on average, to be run on the event loop.
 
@@ -115,6 +119,7 @@ class Runner:
 
         self.pace = Pace()
         self.may_run_inline = False
+        self._times_back = 0
         self.last_success = float("-inf")
         """When a batch last worked, by `monotonic`."""
 
@@ -165,9 +170,12 @@ class Runner:
         if was_quick == self.pace.is_quick or not self.may_run_inline:
             return
         if was_quick:
+            self._times_back += 1
+            self.may_run_inline = self._times_back < MAX_TIMES_BACK
             log.warning(
-                "a batch held up the event loop for %.0f ms; the model goes back to its thread",
+                "a batch held up the event loop for %.0f ms; the model goes back to its thread%s",
                 seconds * 1000,
+                "" if self.may_run_inline else " for good",
             )
         else:
             log.info("batches are quick; the model runs on the event loop from now on")
@@ -218,7 +226,7 @@ def _checked(
         outcomes = predict()
     except BaseException as error:
         # All of them: a future takes no StopIteration, and a SystemExit would end the thread.
-        raise failure(error) from error
+        raise failure(error, predictor.provider) from error
     if not isinstance(outcomes, Sequence):
         raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
     if len(outcomes) != len(rows):
@@ -226,7 +234,8 @@ def _checked(
     for outcome in outcomes:
         if not isinstance(outcome, (predictor.prediction, ItemError)):
             raise PredictionFailed(f"The model gave a {type(outcome).__name__} as a prediction.")
-    return outcomes
+    # Not every sequence can be sliced.
+    return outcomes if isinstance(outcomes, list) else list(outcomes)
 
 
 def _timed(predict: Callable[[], Sequence[Outcome]]) -> Run:

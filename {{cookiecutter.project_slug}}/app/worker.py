@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import sys
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from gunicorn.arbiter import Arbiter
 from uvicorn.config import Config
@@ -18,8 +18,11 @@ from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
 from app.errors import StartupError
-from app.lifecycle import Lifecycle, Phase
 from app.protocol import Protocol
+
+if TYPE_CHECKING:
+    # gunicorn's master imports this file, and needs nothing of the models.
+    from app.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class Worker(UvicornWorker):
         loading.add_done_callback(lambda _: spare_the_collector())
         if lifecycle.is_replacement:
             await loading
-            if lifecycle.phase is Phase.FAILED:
+            if lifecycle.has_failed:
                 # gunicorn replaces this one at once, and the others serve on.
                 await asyncio.sleep(RETRY_S)
                 end(1)
@@ -84,9 +87,9 @@ class Worker(UvicornWorker):
         # The bare sockets, as uvloop and gunicorn's wrappers would both close their descriptors.
         await server.serve(sockets=[listener.sock for listener in self.sockets])
         heartbeat.cancel()
-        if not server.started or lifecycle.phase is Phase.FAILED:
+        if not server.started or lifecycle.has_failed:
             end(Arbiter.WORKER_BOOT_ERROR)
-        if lifecycle.phase is Phase.LOST:
+        if lifecycle.is_broken:
             # gunicorn replaces this one by a new process.
             end(1)
 
@@ -107,7 +110,7 @@ def spare_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    # Nothing a request leaves behind is in a cycle, so there is little to find.
+    # A request that is answered leaves nothing in a cycle, so there is little to find.
     gc.set_threshold(*GC_THRESHOLDS)
 
 
@@ -124,7 +127,7 @@ class DrainingServer(Server):
     them would be lost, so they are kept for `DRAIN_S`, and every answer says `Connection: close`.
     """
 
-    def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
+    def __init__(self, config: Config, lifecycle: "Lifecycle") -> None:
         super().__init__(config)
         self.lifecycle = lifecycle
 

@@ -3,6 +3,7 @@
 The service finds it by its name, checks requests against `Features`, and calls `predict`.
 """
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ class Prediction(BasePrediction):
     probabilities: list[float] = Field(min_length=3, max_length=3)
 
 
+columns = attrgetter(*Features.model_fields)
+"""All features of a row, in the order of the model's columns."""
+
+
 class Predictor(BasePredictor[Features, Prediction]):
     example = Features(
         alcohol=14.23,
@@ -62,8 +67,7 @@ class Predictor(BasePredictor[Features, Prediction]):
         self.pipeline: Any = joblib.load(artifact_dir / "model.joblib")
 
     def predict(self, batch: list[Features]) -> list[Prediction]:
-        columns = list(Features.model_fields)
-        rows = np.array([[getattr(row, name) for name in columns] for row in batch])
+        rows = np.array([columns(row) for row in batch])
         probabilities = self.pipeline.predict_proba(rows)
         return [
             Prediction(cultivar=int(np.argmax(row)), probabilities=row.tolist())

@@ -25,6 +25,7 @@ from app.errors import (
     BodyTooLarge,
     FieldError,
     ServiceError,
+    Unauthorized,
     UnsupportedMediaType,
     invalid_fields,
     invalid_input,
@@ -126,6 +127,9 @@ class JsonRoute:
         body_model = endpoint.request_type
         self._parse: Parse = body_model.model_validate_json
         self._parse_raw: Parse | None = None
+        self.openapi_extra: dict[str, Any] = {}
+        """What FastAPI cannot know of the body."""
+
         # Imported by the predictors that have arrays; the service itself does without NumPy.
         if "app.tensor" in sys.modules:
             self._parse_arrays(body_model)
@@ -146,9 +150,17 @@ class JsonRoute:
         raw = raw_field(features) if features else None
         if raw:
             self._parse_raw = lambda body: body_model.model_construct(features=raw.read(body))
+            schema = {"type": "string", "format": "binary", "description": raw.layout}
+            content = {RAW_MEDIA_TYPE.decode(): {"schema": schema}}
+            self.openapi_extra = {"requestBody": {"content": content}}
 
-    def refuse(self) -> ServiceError | None:
+    def refuse(self, headers: Headers) -> ServiceError | None:
         """Why not even to look at a request, if it is so."""
+        try:
+            self._keys.check(headers)
+        except Unauthorized:
+            # That comes first, and is said in the usual way.
+            return None
         return self._refusal(monotonic() + self._timeout_s)
 
     async def answer(self, call: Call, receive: Receive) -> bytes:
@@ -189,6 +201,9 @@ class JsonRoute:
                 raise
             task.uncancel()
             raise ClientLeft from None
+        finally:
+            if call.exchange:
+                call.exchange.on_disconnect = None
 
     def _parser(self, headers: Headers) -> Parse:
         """

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, JsonRoute
+from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, Headers, JsonRoute
 from app.api.problems import problem_reply, problem_response
 from app.api.reply import JSON, Reply
 from app.errors import BodyTooLarge, ServiceError
@@ -26,7 +26,11 @@ JSON_HEADERS = b"content-type: application/json\r\ncontent-length: %b\r\nx-reque
 QUIET_PATHS = {"/health", "/startup", "/ready", "/metrics"}
 
 
-def new_request_id() -> str:
+def request_id_of(headers: Headers) -> str:
+    """The caller's, if it is sane, or a new one."""
+    given = headers.get(b"x-request-id", b"")
+    if SANE_REQUEST_ID.fullmatch(given):
+        return given.decode("ascii")
     # It names a request and protects nothing.
     return f"{getrandbits(128):032x}"
 
@@ -56,11 +60,15 @@ class RequestContext:
         do, to say so has to cost as little as can be, or nothing else gets done.
         """
         route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
-        error = route.refuse() if route else None
-        if route is None or error is None or self.lifecycle.is_ending:
+        # A process that ends closes its connections, too.
+        if route is None or self.lifecycle.is_ending:
             return False
         started = perf_counter()
-        request_id = new_request_id()
+        headers = dict(scope["headers"])
+        error = route.refuse(headers)
+        if error is None:
+            return False
+        request_id = request_id_of(headers)
         reply = problem_reply(error, request_id)
         lines = reply.header_lines + b"x-request-id: %b\r\n" % request_id.encode()
         if not exchange.respond(reply.status, lines, reply.content):
@@ -75,9 +83,7 @@ class RequestContext:
 
         started = perf_counter()
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        is_sane = SANE_REQUEST_ID.fullmatch(given)
-        request_id = given.decode("ascii") if is_sane else new_request_id()
+        request_id = request_id_of(headers)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         exchange = state.pop("exchange", None)

@@ -77,6 +77,9 @@ def add_predict_routes(
     routes: list[JsonRoute] = []
 
     def add(path: str, model: ServedModel, endpoint: Endpoint) -> None:
+        refusal = partial(inference.refusal, model)
+        route = JsonRoute(path, endpoint, settings, keys, refusal)
+        routes.append(route)
         app.router.add_api_route(
             path,
             endpoint.function,
@@ -85,10 +88,8 @@ def add_predict_routes(
             responses=PROBLEMS,
             summary=endpoint.summary,
             tags=["predict"],
+            openapi_extra=route.openapi_extra,
         )
-
-        refusal = partial(inference.refusal, model)
-        routes.append(JsonRoute(path, endpoint, settings, keys, refusal))
 
     for name, model in repository.models.items():
         prefixes = [f"/v1/models/{name}"]

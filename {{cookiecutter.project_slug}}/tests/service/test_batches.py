@@ -1,5 +1,6 @@
 """Batches as callers and operators see them: deadlines, priorities, hang-ups, shapes, metrics."""
 
+import hashlib
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,7 @@ def test_sizes_that_are_allowed_are_all_run_at_the_start_and_no_others(
     source = (FAKES / "double.py").read_text(encoding="utf-8")
     source = source.replace(
         "    def predict(",
-        "    allowed_batch_sizes = (1, 4, 6)\n    sizes: set[int] = set()\n\n    def predict(",
+        "    allowed_batch_sizes = (2, 4, 6)\n    sizes: set[int] = set()\n\n    def predict(",
     ).replace(
         "        return [",
         """        self.sizes.add(len(batch))
@@ -144,7 +145,7 @@ def test_sizes_that_are_allowed_are_all_run_at_the_start_and_no_others(
     (tmp_path / "double.py").write_text(source, encoding="utf-8")
     publish(tmp_path, "double", factor_txt=b"2")
     service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path).wait_for("/ready")
-    assert service.predict("double", x=1, note="sizes").json()["prediction"]["y"] == 146
+    assert service.predict("double", x=1, note="sizes").json()["prediction"]["y"] == 246
     for count in range(1, 20):
         rows = [{"x": number} for number in range(count)]
         answer = service.client.post("/v1/predict/batch", json={"instances": rows})
@@ -155,6 +156,7 @@ def test_a_lost_device_is_told_and_the_process_is_replaced(start: Start, tmp_pat
     source = (FAKES / "faulty.py").read_text(encoding="utf-8")
     lost = 'RuntimeError("CUDA error: an illegal memory access was encountered")'
     source = source.replace('int("the password is swordfish")', f"(_ for _ in ()).throw({lost})")
+    source = source.replace("        pass\n", '        self.provider = "cuda"\n')
     (tmp_path / "faulty.py").write_text(source, encoding="utf-8")
     publish(tmp_path, "faulty", none=b"")
     service = start(
@@ -187,3 +189,49 @@ def test_batches_are_measured(start: Start) -> None:
     labels["model"] = "faulty"
     assert sample(service, "inference_requests_total", **labels, outcome="invalid") == 1
     assert sample(service, "inference_requests_total", **labels, outcome="failed") == 1
+
+
+def test_settings_that_prevent_batches_are_named_at_the_start(start: Start) -> None:
+    service = start(
+        QUEUE_MAX_ROWS=8,
+        MAX_INSTANCES=8,
+        BATCH_POLICY="window",
+        BATCH_MAX_WAIT_MS=5000,
+        REQUEST_TIMEOUT_S=5,
+    ).wait_for("/startup")
+    warnings = [line["event"] for line in service.log_lines() if line["level"] == "warning"]
+    assert [line for line in warnings if line.startswith("double: QUEUE_MAX_ROWS=8 ")]
+    assert [line for line in warnings if line.startswith("double: BATCH_MAX_WAIT_MS=5000 ")]
+    usual = start().wait_for("/startup")
+    assert not [line for line in usual.log_lines() if line["level"] == "warning"]
+
+
+def test_overload_is_told_to_those_with_a_key_and_to_a_whole_pipeline(
+    start: Start, pipe: Path
+) -> None:
+    digest = hashlib.sha256(b"secret").hexdigest()
+    service = start(QUEUE_MAX_ROWS=1, MAX_INSTANCES=1, API_KEYS_SHA256=digest).wait_for("/ready")
+    key = {"X-API-Key": "secret"}
+    body = b'{"features": {"pipe": "/dev/null"}}'
+    head = f"POST {GATE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"X-API-Key: secret\r\nContent-Length: {len(body)}\r\n"
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(post_gate, service, str(pipe), **key)
+        with pipe.open("w"):
+            queued = pool.submit(post_gate, service, "/dev/null", **key)
+            service.wait_until(partial(queue_is, service, 1))
+            assert_problem(post_gate(service, "/dev/null"), 401)
+            refused = post_gate(service, "/dev/null", **key, **{"X-Request-ID": "mine"})
+            assert assert_problem(refused, 429)["request_id"] == "mine"
+            assert int(refused.headers["retry-after"]) >= 1
+            with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+                # The first has its answer before its body is there.
+                connection.sendall(f"{head}\r\n".encode())
+                assert b" 429 " in connection.recv(10_000)
+                requests = body + 300 * (f"{head}\r\n".encode() + body)
+                last = f"{head}Connection: close\r\n\r\n".encode() + body
+                connection.sendall(requests + last)
+                answers = b"".join(iter(lambda: connection.recv(100_000), b""))
+            assert answers.count(b"HTTP/1.1 429 ") == 301
+    assert held.result().status_code == queued.result().status_code == 200
+    assert not [line for line in service.log_lines() if line["level"] == "error"]

@@ -154,7 +154,7 @@ class Callers(RuleBasedStateMachine):
             else:
                 assert isinstance(error, (TimeoutError, DeadlineExceeded, NotReady, Overloaded))
         assert self.collector.is_idle
-        assert not self.collector._accepted
+        assert not self.collector._accepted.items()
         self.loop.close()
 
 

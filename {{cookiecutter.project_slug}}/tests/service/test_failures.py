@@ -43,6 +43,9 @@ class TestFaultyModel:
         errors = assert_problem(answer, 422)["errors"]
         assert [error["field"] for error in errors] == ["instances.1.fault", "instances.2.fault"]
 
+    def test_any_sequence_will_do(self, service: Service) -> None:
+        assert service.predict("faulty", fault="deque").json()["prediction"] == {"y": 1}
+
     def test_the_next_request_is_served(self, service: Service) -> None:
         assert service.predict("faulty", fault="raise").status_code == 500
         assert service.predict("faulty", fault="none").json()["prediction"] == {"y": 1}

@@ -1,16 +1,19 @@
 """Requests, good and bad: what is answered, and that nothing bad reaches a model or breaks one."""
 
+import asyncio
 import json
 import random
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
-from tests.service.server import Service, Start, assert_problem
+from app.protocol import Outbox
+from tests.service.server import FAKES, Service, Start, assert_problem, publish
 
 JSON = {"Content-Type": "application/json"}
 PREDICT = "/v1/predict"
@@ -322,3 +325,63 @@ def test_two_thousand_malformed_requests_break_nothing(service: Service) -> None
     assert statuses == {200, 415, 422}
     assert service.client.post(PREDICT, json=GOOD).json()["prediction"] == {"y": 42}
     assert service.client.get("/ready").status_code == 200
+
+
+def test_requests_in_a_pipeline_are_answered_in_order(service: Service) -> None:
+    def request(x: int) -> bytes:
+        body = b'{"features": {"x": %d}}' % x
+        head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    # Answered by FastAPI.
+    probe = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = probe.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    answers = exchange(service, request(1) + probe + request(2) + request(3) + last)
+    found = re.findall(rb'"y":([0-9.]+)|"status":"(ok)"', answers)
+    assert [y or ok for y, ok in found] == [b"2.0", b"ok", b"4.0", b"6.0", b"ok"]
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(start: Start, tmp_path: Path) -> None:
+    source = (FAKES / "double.py").read_text(encoding="utf-8")
+    source = source.replace("self.factor * row.x", 'gc.get_stats()[0]["collections"]')
+    source = source.replace("from pathlib", "import gc\nfrom pathlib", 1)
+    (tmp_path / "double.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "double", factor_txt=b"2")
+    service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path).wait_for("/ready")
+
+    def collections_after(requests: int) -> float:
+        for _ in range(requests):
+            answer = service.predict("double", x=1)
+        number: float = answer.json()["prediction"]["y"]
+        return number
+
+    # What is kept for good, such as the labels of metrics, is there after the first ones.
+    before = collections_after(50)
+    assert collections_after(1500) == before
+
+
+def test_who_leaves_does_not_take_the_answers_of_others_along() -> None:
+    class Connection(asyncio.Transport):
+        def __init__(self, *, is_closed: bool) -> None:
+            super().__init__()
+            self.is_closed = is_closed
+            self.sent = b""
+
+        def is_closing(self) -> bool:
+            return self.is_closed
+
+        def write(self, data: Any) -> None:
+            # As uvloop's do.
+            if self.is_closed:
+                raise RuntimeError("closed")
+            self.sent += data
+
+    async def test() -> None:
+        connections = [Connection(is_closed=number == 1) for number in range(3)]
+        outbox = Outbox()
+        for connection in connections:
+            outbox.put(connection, b"answer")
+        await asyncio.sleep(0)
+        assert [connection.sent for connection in connections] == [b"answer", b"", b"answer"]
+
+    asyncio.run(test())

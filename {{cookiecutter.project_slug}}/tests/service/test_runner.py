@@ -198,6 +198,9 @@ class TestFaults:
             ),
             (RuntimeError("CUDA failure 710: device-side assert triggered"), ModelLost),
             (RuntimeError("a device-side assert of mine"), PredictionFailed),
+            # What a caller sends is quoted in errors of these kinds.
+            (KeyError("cuda illegal instruction"), PredictionFailed),
+            (ValueError("unknown category: out of memory"), PredictionFailed),
         ],
         ids=str,
     )
@@ -216,11 +219,26 @@ class TestFaults:
                 raise error
 
             runner.predictor.do = fail  # type: ignore[attr-defined]
+            runner.predictor.provider = "cuda"
             with pytest.raises(PredictionFailed) as caught:
                 await runner.run([Features()])
             assert type(caught.value) is kind
             assert caught.value.__cause__ is error
             assert bool(lost) == (kind is ModelLost)
+            runner.close()
+
+        run(test)
+
+    def test_a_model_on_the_cpu_has_no_device_to_lose(self) -> None:
+        async def test() -> None:
+            runner = await loaded(Here, lambda: pytest.fail("given up for lost"))
+
+            def fail() -> None:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+            runner.predictor.do = fail  # type: ignore[attr-defined]
+            with pytest.raises(PredictionFailed):
+                await runner.run([Features()])
             runner.close()
 
         run(test)

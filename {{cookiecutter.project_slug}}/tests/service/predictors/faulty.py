@@ -1,6 +1,7 @@
 """A model that breaks its contract in every way, as asked."""
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -8,7 +9,18 @@ from typing import Any, Literal, cast
 from app.predictor import BaseFeatures, BasePrediction, BasePredictor, Device, ItemError
 
 Fault = Literal[
-    "none", "raise", "stop", "exit", "short", "long", "nothing", "generator", "type", "nan", "item"
+    "none",
+    "raise",
+    "stop",
+    "exit",
+    "short",
+    "long",
+    "nothing",
+    "generator",
+    "deque",
+    "type",
+    "nan",
+    "item",
 ]
 
 
@@ -37,6 +49,7 @@ class Predictor(BasePredictor[Features, Prediction]):
             "long": lambda: good * 2,
             "nothing": lambda: None,
             "generator": lambda: (row for row in good),
+            "deque": lambda: deque(good),
             "type": lambda: [{"y": 1} for _ in batch],
             "nan": lambda: [Prediction(y=float("nan")) for _ in batch],
             "item": lambda: [
