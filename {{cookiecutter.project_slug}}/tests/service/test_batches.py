@@ -1,6 +1,7 @@
 """Batches as callers and operators see them: deadlines, priorities, hang-ups, shapes, metrics."""
 
 import hashlib
+import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ def sample(service: Service, name: str, **labels: str) -> float:
     """The value of a metric."""
     inner = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
     text = service.client.get("/metrics").text
-    found = re.search(rf"^{name}{{{re.escape(inner)}}} (\S+)$", text, flags=re.MULTILINE)
+    found = re.search(
+        "^" + re.escape(name + "{" + inner + "}") + r" (\S+)$", text, flags=re.MULTILINE
+    )
     return float(found[1]) if found else 0.0
 
 
@@ -88,7 +91,7 @@ def test_what_a_caller_hung_up_on_never_reaches_the_model(
     with ThreadPoolExecutor() as pool:
         held = pool.submit(post_gate, service, str(pipe))
         with pipe.open("w"):
-            body = f'{{"features": {{"pipe": "{tmp_path / "missing"}"}}}}'.encode()
+            body = json.dumps({"features": {"pipe": str(tmp_path / "missing")}}).encode()
             head = (
                 f"POST {GATE} HTTP/1.1\r\nHost: x\r\nX-Request-ID: hung-up\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
