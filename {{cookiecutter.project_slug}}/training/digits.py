@@ -33,8 +33,11 @@ def export(pipeline: Pipeline) -> bytes:
     """The pipeline as an ONNX graph with one input, `pixels` of shape (rows, 64)."""
     options = {id(pipeline): {"zipmap": False}}
     inputs = [("pixels", FloatTensorType([None, 64]))]
-    model: bytes = to_onnx(pipeline, initial_types=inputs, options=options).SerializeToString()
-    return model
+    model = to_onnx(pipeline, initial_types=inputs, options=options)
+    # skl2onnx lists them in the order of a set, which differs from one process to the next.
+    model.opset_import.sort(key=lambda opset: opset.domain)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def largest_difference(pipeline: Pipeline, model: bytes, pixels: Any) -> float:

@@ -80,8 +80,11 @@ def export(pipeline: Pipeline) -> bytes:
         for name in Features.model_fields
     ]
     options = {id(pipeline): {"zipmap": False}}
-    model: bytes = to_onnx(pipeline, initial_types=inputs, options=options).SerializeToString()
-    return model
+    model = to_onnx(pipeline, initial_types=inputs, options=options)
+    # skl2onnx lists them in the order of a set, which differs from one process to the next.
+    model.opset_import.sort(key=lambda opset: opset.domain)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def largest_difference(pipeline: Pipeline, model: bytes, payments: pd.DataFrame) -> float:
