@@ -48,12 +48,20 @@ class ModelMetrics:
     def __init__(self, model: str, version: str) -> None:
         self._rejection = cache(lambda reason: _rejections.labels(model, version, reason))
         self._outcome = cache(lambda outcome: _outcomes.labels(model, version, outcome))
-        self.queue_rows = _queue_rows.labels(model, version)
+        self._queue_rows = _queue_rows.labels(model, version)
+        self._rows_waiting = 0
         self.queue_wait = _queue_waits.labels(model, version)
         self._batch_rows = _batch_rows.labels(model, version)
         self._compute = _compute.labels(model, version)
         self.reruns = _reruns.labels(model, version)
         self.max_rows = _max_rows.labels(model, version)
+
+    def waiting(self, rows: int) -> None:
+        """So many rows wait."""
+        # Mostly as many as before: none.
+        if rows != self._rows_waiting:
+            self._rows_waiting = rows
+            self._queue_rows.set(rows)
 
     def ran(self, rows: int, seconds: float) -> None:
         """A batch was run."""

@@ -45,8 +45,8 @@ class Outbox:
 class Exchange:
     """A request under way, for whoever can do more with it than ASGI allows.
 
-    It is in the scope's state as "exchange". It has to be taken out, or it makes a reference cycle
-    of the request, which only the garbage collector would find.
+    Whoever puts it into the scope has to take it out again, or it makes a reference cycle of the
+    request, which only the garbage collector would find.
     """
 
     __slots__ = ("_cycle", "_protocol", "on_disconnect")
@@ -73,6 +73,12 @@ class Exchange:
         is_open = cycle.keep_alive and not self._protocol.flow.write_paused
         return is_open and not cycle.response_started
 
+    @property
+    def content(self) -> bytes | None:
+        """The body, if all of it is there and the client is, too."""
+        cycle = self._cycle
+        return None if cycle.more_body or cycle.disconnected else bytes(cycle.body)
+
     def leave(self) -> None:
         """The client has left. uvicorn tells the last request of a pipeline alone."""
         if self._cycle.response_complete:
@@ -95,9 +101,11 @@ class Exchange:
             cycle.response_started = cycle.response_complete = True
             usual = [b"%b: %b\r\n" % header for header in protocol.server_state.default_headers]
             data = b"".join((STATUS_LINE[status], *usual, headers, b"\r\n", content))
-            protocol.outbox.put(protocol.transport, data)
             if self.is_alone:
                 protocol.outbox.send()
+                protocol.transport.write(data)
+            else:
+                protocol.outbox.put(protocol.transport, data)
             cycle.message_event.set()
             # The next request of a pipeline begins in the next turn, so after the outbox.
             cycle.on_response()
@@ -125,14 +133,13 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self.exchange = Exchange(self, cycle)
-        refuse = getattr(app, "refuse", None)  # of app.api.middleware
+        begin = getattr(app, "begin", None)  # of app.api.middleware
         # Of those that waited in a pipeline, each refusal would begin the next one within itself.
         may_refuse = not self.pipeline and self.exchange.may_respond
-        if refuse and may_refuse and refuse(cycle.scope, self.exchange):
+        if begin and begin(cycle.scope, self.exchange, may_refuse=may_refuse):
             cycle.on_response = lambda: None
-            return
-        cycle.scope["state"]["exchange"] = self.exchange
-        super()._start_asgi_task(cycle, app)
+        else:
+            super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
         self.outbox.send()

@@ -25,7 +25,6 @@ from app.errors import (
     BodyTooLarge,
     FieldError,
     ServiceError,
-    Unauthorized,
     UnsupportedMediaType,
     invalid_fields,
     invalid_input,
@@ -62,17 +61,17 @@ class Call:
     """When its header was there, by `perf_counter`."""
 
     headers: Headers
-    exchange: Exchange | None
+    exchange: Exchange | None = None
     """What app.protocol has to offer, if it is the one that serves."""
+
+    deadline: float = 0
+    """By `monotonic`. Zero until `JsonRoute.admit` has found nothing against the call."""
+
+    priority: int = DEFAULT_PRIORITY
 
     @property
     def is_alone(self) -> bool:
         return self.exchange is not None and self.exchange.is_alone
-
-    deadline: float = 0
-    """By `monotonic`."""
-
-    priority: int = DEFAULT_PRIORITY
 
 
 def _documented(
@@ -154,14 +153,18 @@ class JsonRoute:
             content = {RAW_MEDIA_TYPE.decode(): {"schema": schema}}
             self.openapi_extra = {"requestBody": {"content": content}}
 
-    def refuse(self, headers: Headers) -> ServiceError | None:
-        """Why not even to look at a request, if it is so."""
-        try:
-            self._keys.check(headers)
-        except Unauthorized:
-            # That comes first, and is said in the usual way.
-            return None
-        return self._refusal(monotonic() + self._timeout_s)
+    def admit(self, call: Call) -> None:
+        """Set the deadline, if there is nothing to say against `call` before its body is read.
+
+        Raises:
+            ServiceError: there is.
+        """
+        self._keys.check(call.headers)
+        deadline = monotonic() + self._timeout(call.headers)
+        refusal = self._refusal(deadline)
+        if refusal:
+            raise refusal
+        call.deadline = deadline
 
     async def answer(self, call: Call, receive: Receive) -> bytes:
         """The JSON of the answer.
@@ -170,17 +173,16 @@ class JsonRoute:
             ServiceError: the request is refused, or the endpoint raised it.
             ClientLeft: there is nobody to answer any more.
         """
-        self._keys.check(call.headers)
-        call.deadline = monotonic() + self._timeout(call.headers)
+        if not call.deadline:
+            self.admit(call)
         call.priority = _priority(call.headers)
-        refusal = self._refusal(call.deadline)
-        if refusal:
-            raise refusal
         parse = self._parser(call.headers)
         # To look for the running loop takes a system call.
         task = asyncio.current_task(call.exchange.loop if call.exchange else None)
         assert task  # noqa: S101
-        content = await self._read(receive, call, task)
+        content = call.exchange.content if call.exchange else None
+        if content is None or len(content) > self._max_body_bytes:
+            content = await self._read(receive, call, task)
         try:
             body = parse(content)
         except ValidationError as error:

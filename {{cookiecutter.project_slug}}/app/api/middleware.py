@@ -22,7 +22,6 @@ SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """What is taken over from a caller: nothing that could break a header or a log line."""
 
 MAX_LOGGED_PATH_CHARS = 200
-JSON_HEADERS = b"content-type: application/json\r\ncontent-length: %b\r\nx-request-id: %b\r\n"
 QUIET_PATHS = {"/health", "/startup", "/ready", "/metrics"}
 
 
@@ -33,6 +32,11 @@ def request_id_of(headers: Headers) -> str:
         return given.decode("ascii")
     # It names a request and protects nothing.
     return f"{getrandbits(128):032x}"
+
+
+def _call(scope: Scope, exchange: Exchange | None = None) -> Call:
+    headers = dict(scope["headers"])
+    return Call(request_id_of(headers), perf_counter(), headers, exchange)
 
 
 class RequestContext:
@@ -53,43 +57,41 @@ class RequestContext:
         self.lifecycle = lifecycle
         self.access_log = access_log
 
-    def refuse(self, scope: Scope, exchange: Exchange) -> bool:
-        """Answer a request for a model that is overloaded, if this is one.
+    def begin(self, scope: Scope, exchange: Exchange, *, may_refuse: bool) -> bool:
+        """Prepare the call, if `scope` is one; true if it is refused, and answered so.
 
         app.protocol asks this before it makes a task of the request: while there is too much to
         do, to say so has to cost as little as can be, or nothing else gets done.
         """
-        route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
+        route = self._route(scope)
+        if route is None:
+            return False
+        call = _call(scope, exchange)
         # A process that ends closes its connections, too.
-        if route is None or self.lifecycle.is_ending:
-            return False
-        started = perf_counter()
-        headers = dict(scope["headers"])
-        error = route.refuse(headers)
-        if error is None:
-            return False
-        request_id = request_id_of(headers)
-        reply = problem_reply(error, request_id)
-        lines = reply.header_lines + b"x-request-id: %b\r\n" % request_id.encode()
-        if not exchange.respond(reply.status, lines, reply.content):
-            return False
-        self._note(scope, reply.status, started, request_id, route)
-        return True
+        if may_refuse and not self.lifecycle.is_ending:
+            try:
+                route.admit(call)
+            except ServiceError as error:
+                self._respond(call, problem_reply(error, call.request_id))
+                self._note(scope, error.status, call, route)
+                return True
+        scope["state"]["call"] = call
+        return False
+
+    def _route(self, scope: Scope) -> JsonRoute | None:
+        return self.routes.get(scope["path"]) if scope["method"] == "POST" else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        started = perf_counter()
-        headers = dict(scope["headers"])
-        request_id = request_id_of(headers)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-        exchange = state.pop("exchange", None)
+        call: Call = state.pop("call", None) or _call(scope)
+        state["request_id"] = request_id = call.request_id
         # Each request is a task, so nothing else sees this.
         current_request_id.set(request_id)
-        route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
+        route = self._route(scope)
         status = 0
 
         async def send_with_context(message: Message) -> None:
@@ -104,7 +106,6 @@ class RequestContext:
 
         try:
             if route:
-                call = Call(request_id, started, headers, exchange)
                 status = await self._answer(route, call, scope, receive, send_with_context)
             else:
                 await self.app(scope, receive, send_with_context)
@@ -113,13 +114,11 @@ class RequestContext:
             if not status:
                 error = ServiceError("An unexpected error; the log has it by the request id.")
                 await problem_response(error, request_id)(scope, receive, send_with_context)
-        self._note(scope, status, started, request_id, route)
+        self._note(scope, status, call, route)
 
-    def _note(
-        self, scope: Scope, status: int, started: float, request_id: str, route: JsonRoute | None
-    ) -> None:
+    def _note(self, scope: Scope, status: int, call: Call, route: JsonRoute | None) -> None:
         """Count and log a request that has been answered."""
-        seconds = perf_counter() - started
+        seconds = perf_counter() - call.started
         path: str = scope["path"]
         if route:
             route.metrics.ended(status, seconds)
@@ -129,7 +128,7 @@ class RequestContext:
             path=path[:MAX_LOGGED_PATH_CHARS],
             status=int(status),
             duration_ms=round(seconds * 1000, 3),
-            request_id=request_id,
+            request_id=call.request_id,
         )
 
     async def _answer(
@@ -146,13 +145,14 @@ class RequestContext:
             return error.status
         except ServiceError as error:
             reply = problem_reply(error, call.request_id)
-        lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
         may_stay_open = not self.lifecycle.is_ending and "Connection" not in reply.headers
-        is_sent = (
-            may_stay_open
-            and call.exchange
-            and call.exchange.respond(reply.status, lines, reply.content)
-        )
-        if not is_sent:
+        if not (may_stay_open and self._respond(call, reply)):
             await reply.send(send)
         return reply.status
+
+    def _respond(self, call: Call, reply: Reply) -> bool:
+        """Whether the reply could be sent past ASGI, and was."""
+        if call.exchange is None:
+            return False
+        lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
+        return call.exchange.respond(reply.status, lines, reply.content)

@@ -44,8 +44,19 @@ class Callers(RuleBasedStateMachine):
         policy = LearnedReturns(MAX_ROWS, cost) if learned else FixedWindow(0.5, cost)
         limits = Limits(MAX_ROWS, QUEUE_MAX_ROWS, max_wait=2.0, slots=slots)
 
+        running = 0
+
+        def ended(_: object) -> None:
+            nonlocal running
+            running -= 1
+
         def run(rows: list[int]) -> "asyncio.Future[Sequence[int]]":
-            return asyncio.ensure_future(self.model(rows), loop=self.loop)
+            nonlocal running
+            running += 1
+            assert running <= slots, "more batches than slots"
+            answer = asyncio.ensure_future(self.model(rows), loop=self.loop)
+            answer.add_done_callback(ended)
+            return answer
 
         async def create() -> Collector[int, int]:
             metrics = ModelMetrics("tested", "1")
@@ -94,11 +105,11 @@ class Callers(RuleBasedStateMachine):
         count=st.integers(1, 10),
         poisoned=st.integers(0, 9),
         patience=st.sampled_from([0.05, 1.0, 3.0, 1000.0]),
-        gives_up=st.booleans(),
+        manners=st.sets(st.sampled_from(["gives_up", "is_alone"])),
         group=st.tuples(st.integers(0, 1), st.sampled_from("ab")),
     )
     def come(
-        self, count: int, poisoned: int, patience: float, gives_up: bool, group: tuple[int, str]
+        self, count: int, poisoned: int, patience: float, manners: set[str], group: tuple[int, str]
     ) -> None:
         rows = list(range(self.next_row, self.next_row + count))
         self.next_row += count
@@ -111,9 +122,13 @@ class Callers(RuleBasedStateMachine):
 
         async def call(collector: Collector[int, int]) -> Sequence[int]:
             try:
-                async with asyncio.timeout_at(deadline if gives_up else None):
+                async with asyncio.timeout_at(deadline if "gives_up" in manners else None):
                     return await collector.submit(
-                        rows, deadline, priority=priority, shape_key=shape
+                        rows,
+                        deadline,
+                        priority=priority,
+                        shape_key=shape,
+                        is_alone="is_alone" in manners,
                     )
             finally:
                 self.gone |= set(rows) - self.seen
