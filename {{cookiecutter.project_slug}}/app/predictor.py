@@ -63,7 +63,7 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     """One model; subclass it as `class Predictor(BasePredictor[Features, Prediction])`.
 
     Calls never overlap, so nothing here needs a lock. They come from a thread that belongs to
-    this model, or from the event loop if batches take less than a millisecond.
+    this model, or from the event loop if batches take less than 3 ms.
     """
 
     features: ClassVar[type[BaseFeatures]]

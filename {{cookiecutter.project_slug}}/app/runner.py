@@ -26,9 +26,9 @@ Outcome = BasePrediction | ItemError
 Rows = list[BaseFeatures]
 Predictor = BasePredictor[Any, Any]
 
-INLINE_BELOW_S = 0.001
+INLINE_BELOW_S = 0.003
 """A model whose largest batch takes less may run on the event loop. The hop to a thread and back
-takes a tenth of that when nothing else goes on; when the loop is busy the thread waits for the
+takes 0.1 ms when nothing else goes on, but when the loop is busy the thread waits for the
 interpreter's lock, of which a switch takes 5 ms (sys.getswitchinterval)."""
 
 LOCK_WAIT_S = 0.02
