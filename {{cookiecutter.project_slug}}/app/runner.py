@@ -35,7 +35,7 @@ LOCK_WAIT_S = 0.02
 """A run on a thread may have waited so long for the interpreter's lock, which is not its fault;
 one that takes longer has waited for something else."""
 
-MEMORY_RUNS = 100
+MEMORY_RUNS = 50
 """Runs over which the time that they take is averaged."""
 
 
