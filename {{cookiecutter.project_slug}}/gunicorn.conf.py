@@ -27,7 +27,7 @@ keepalive = 75
 graceful_timeout = settings.shutdown_grace_s
 
 # A worker whose event loop is stuck for this long is killed. Loading and predicting do not
-# count: they run on other threads.
+# count: they run on other threads, unless they take a few milliseconds at most.
 timeout = 60
 
 # Neither is needed, and both write to disks that may be read-only.

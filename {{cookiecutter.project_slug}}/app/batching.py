@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from time import monotonic
 from typing import Generic, NamedTuple, TypeVar
 
@@ -25,7 +26,6 @@ from app.errors import (
     OutOfMemory,
     Overloaded,
     PredictionFailed,
-    ServiceError,
 )
 from app.metrics import ModelMetrics
 from app.waiting import MEMORY, WaitPolicy
@@ -172,22 +172,25 @@ class Collector(Generic[RowT, OutcomeT]):
         by_cost = (batches // self.limits.slots) * self.cost(self.limits.max_rows)
         return max(by_cost, batches * self._turnaround)
 
-    def refusal(self, rows: int, deadline: float) -> ServiceError | None:
-        """Why `rows` would not be taken: NotReady, or Overloaded as there is no room for them or
-        the deadline would pass in the queue. Counted, if there is a reason."""
+    def admit(self, rows: int, deadline: float) -> None:
+        """Whether `rows` would be taken now.
+
+        Raises:
+            NotReady: no more requests are taken.
+            Overloaded: there is no room for `rows`, or the deadline would pass in the queue.
+        """
         if self.state is not State.ACCEPTING:
             self._metrics.rejected("not_ready")
-            return NotReady("The service is stopping.")
+            raise NotReady("The service is stopping.")
         if self.rows_waiting + rows > self.limits.queue_max_rows:
             self._metrics.rejected("queue_full")
-            return Overloaded("Too many rows wait for the model.", self.expected_wait())
+            raise Overloaded("Too many rows wait for the model.", self.expected_wait())
         # An idle model is always asked: what is known of its cost may have been a fluke.
         if self._batches:
             wait = self.expected_wait()
             if self._clock() + wait + self.cost(rows) > deadline:
                 self._metrics.rejected("deadline")
-                return Overloaded("The model would not get to this request in time.", wait)
-        return None
+                raise Overloaded("The model would not get to this request in time.", wait)
 
     async def submit(
         self,
@@ -200,17 +203,15 @@ class Collector(Generic[RowT, OutcomeT]):
     ) -> Sequence[OutcomeT]:
         """The outcomes of `rows`, in order. A caller that is cancelled gives up its place.
 
-        `is_alone` says that no other request comes in this turn of the event loop.
+        `is_alone` says that no other request comes in this turn of the event loop, so that there
+        is no need to wait for the next one.
 
         Raises:
-            NotReady: no more requests are taken.
-            Overloaded: the queue is full, or the deadline would pass in it.
+            NotReady, Overloaded: see `admit`.
             DeadlineExceeded: the deadline passed.
             PredictionFailed: the model failed on these rows.
         """
-        refusal = self.refusal(len(rows), deadline)
-        if refusal:
-            raise refusal
+        self.admit(len(rows), deadline)
         now = self._clock()
         group = (priority, shape_key)
         self._count += 1
@@ -220,26 +221,28 @@ class Collector(Generic[RowT, OutcomeT]):
         if is_idle:
             self._policy.found_idle(now)
         self._policy.arrived(now, len(rows))
-        if is_alone and is_idle and self._may_start_at_once(now, len(rows)):
-            # Through the queue it would take half as long again as a small model does.
-            request.waiting = 0
-            self._start([_Part(request, 0, rows)], now)
-            if answer.done():
-                return answer.result()
-            self._accepted.add(request, deadline)
-        else:
-            self._accepted.add(request, deadline)
-            self._queues.setdefault(group, OrderedDict())[request] = None
-            self.rows_waiting += len(rows)
-            if self._batches:
-                self._metrics.waiting(self.rows_waiting)
-            self._schedule()
         try:
+            if is_alone and is_idle and self._may_start_at_once(request):
+                # Through the queue it would take half as long again as a small model does.
+                request.waiting = 0
+                self._start([_Part(request, 0, rows)], now)
+                if answer.done():
+                    return answer.result()
+                self._accepted.add(request, deadline)
+            else:
+                self._accepted.add(request, deadline)
+                self._queues.setdefault(group, OrderedDict())[request] = None
+                self.rows_waiting += len(rows)
+                if self._batches:
+                    self._metrics.waiting(self.rows_waiting)
+                self._schedule()
             return await answer
         finally:
             self._accepted.discard(request)
             if request.waiting:
                 self._leave_queue(request)
+            # An error knows this frame by its traceback; the frame must not know the error.
+            del request, answer
 
     def _expire(self, request: _Request[RowT, OutcomeT]) -> None:
         if request.waiting:
@@ -254,8 +257,12 @@ class Collector(Generic[RowT, OutcomeT]):
             if not queue:
                 del self._queues[request.group]
 
-    def _may_start_at_once(self, now: float, rows: int) -> bool:
-        return rows <= self.limits.max_rows and self._policy.fire_at(now, rows, now) <= now
+    def _may_start_at_once(self, request: _Request[RowT, OutcomeT]) -> bool:
+        now, rows = request.queued, len(request.rows)
+        room = self.limits.max_rows - rows
+        # A timer that is left from one who has gone would start another batch beside this one.
+        is_free = room >= 0 and not self._wake and now < request.deadline
+        return is_free and self._policy.fire_at(now, rows, room, now) <= now
 
     def _schedule(self) -> None:
         """Run a batch now, or later, or not yet."""
@@ -269,22 +276,21 @@ class Collector(Generic[RowT, OutcomeT]):
             return
         now = self._clock()
         oldest = min(next(iter(queue)).queued for queue in self._queues.values())
-        fire_at = self._policy.fire_at(now, self.rows_waiting, oldest)
+        room = self.limits.max_rows - self.rows_waiting
+        fire_at = self._policy.fire_at(now, self.rows_waiting, room, oldest)
         # To wait for a model that is busy is not to wait for other rows.
         forming_since = max(oldest, self._free_since)
-        fire_at = min(fire_at, forming_since + self.limits.max_wait, self._nearest_deadline(now))
-        if self.rows_waiting < self.limits.max_rows and fire_at > now:
+        # Of a deadline that is met already it takes no notice until that has passed. Then a batch
+        # or two were smaller than they could be.
+        in_time = self._accepted.earliest - 2 * self.cost(self.rows_waiting)
+        fire_at = min(fire_at, forming_since + self.limits.max_wait, in_time)
+        if room > 0 and fire_at > now:
             self._wake = self._loop.call_at(fire_at, self._start_batch, context=self._context)
         else:
             # In the next turn of the loop: what arrives in this one can still join.
             self._is_due = True
             start = partial(self._start_when_settled, self.rows_waiting)
             self._wake = self._loop.call_soon(start, context=self._context)
-
-    def _nearest_deadline(self, now: float) -> float:
-        """When a batch has to begin at the latest for the heads of the queues to be in time."""
-        nearest = min(next(iter(queue)).deadline for queue in self._queues.values())
-        return max(now, nearest - 2 * self.cost(self.rows_waiting))
 
     def _start_when_settled(self, rows_before: int) -> None:
         """Start a batch, unless this turn of the loop brought many more rows: so may the next."""
@@ -301,6 +307,8 @@ class Collector(Generic[RowT, OutcomeT]):
         self._metrics.waiting(self.rows_waiting)
         if parts:
             self._start(parts, now)
+        else:
+            self._is_backlogged = False
         self._schedule()
 
     def _start(self, parts: _Parts[RowT, OutcomeT], now: float) -> None:
@@ -326,32 +334,39 @@ class Collector(Generic[RowT, OutcomeT]):
         """Take up to `max_rows` rows of one shape from the queues, by priority and arrival."""
         parts: _Parts[RowT, OutcomeT] = []
         room = self.limits.max_rows
-        while room and (queue := self._next_queue(parts)):
-            request = next(iter(queue))
-            if request.future.done() or request.deadline <= now:
-                self._expire(request)
-                continue
-            first = len(request.rows) - request.waiting
-            rows = request.rows[first : first + room]
-            parts.append(_Part(request, first, rows))
-            if len(rows) == request.waiting:
-                self._leave_queue(request)
-            else:
-                self.rows_waiting -= len(rows)
-            request.waiting -= len(rows)
-            room -= len(rows)
+        for queue in self._next_queues(now):
+            while room and (request := self._head(queue, now)):
+                first = len(request.rows) - request.waiting
+                rows = request.rows[first : first + room]
+                parts.append(_Part(request, first, rows))
+                if len(rows) == request.waiting:
+                    self._leave_queue(request)
+                else:
+                    self.rows_waiting -= len(rows)
+                request.waiting -= len(rows)
+                room -= len(rows)
         return parts
 
-    def _next_queue(
-        self, parts: _Parts[RowT, OutcomeT]
-    ) -> OrderedDict[_Request[RowT, OutcomeT], None] | None:
-        """Of what may share a batch with `parts`, the queue whose first request goes first."""
-        heads = [
-            (priority, next(iter(queue)).number, queue)
-            for (priority, shape), queue in self._queues.items()
-            if not parts or shape == parts[0].request.group[1]
-        ]
-        return min(heads)[2] if heads else None
+    def _head(
+        self, queue: OrderedDict[_Request[RowT, OutcomeT], None], now: float
+    ) -> _Request[RowT, OutcomeT] | None:
+        """The first that is to be run; those before it are taken out."""
+        while queue:
+            request = next(iter(queue))
+            if not request.future.done() and now < request.deadline:
+                return request
+            self._expire(request)
+        return None
+
+    def _next_queues(self, now: float) -> list[OrderedDict[_Request[RowT, OutcomeT], None]]:
+        """All of the shape whose turn it is, by priority."""
+        groups = list(self._queues.items())
+        heads = {group: head.number for group, queue in groups if (head := self._head(queue, now))}
+        if not heads:
+            return []
+        _, shape = min(heads, key=lambda group: (group[0], heads[group]))
+        same = sorted((group for group in heads if group[1] == shape), key=itemgetter(0))
+        return [self._queues[group] for group in same]
 
     def _run_next(self, batch: _Batch[RowT, OutcomeT]) -> None:
         """Run what is left to run of `batch`, and free its slot when that is nothing."""
@@ -386,6 +401,8 @@ class Collector(Generic[RowT, OutcomeT]):
         self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
         # The slot is free before the next batch is bound.
         self._batches.discard(batch)
+        if self.is_idle:
+            self._is_backlogged = False
         self._metrics.waiting(self.rows_waiting)
         self._schedule()
 
@@ -400,16 +417,18 @@ class Collector(Generic[RowT, OutcomeT]):
         rows = sum(len(part.rows) for part in parts)
         seconds = self._clock() - started
         self._metrics.ran(rows, seconds)
-        try:
+        # Raised here, the error would know this frame, which knows those who get the error.
+        error = asyncio.CancelledError() if run.cancelled() else run.exception()
+        if error is None:
             self._deliver(parts, run.result())
             self.cost.ran(rows, seconds)
-        except OutOfMemory as error:
+        elif isinstance(error, OutOfMemory):
             self._shrink(batch, parts, rows, error)
-        except PredictionFailed as error:
+        elif isinstance(error, PredictionFailed):
             self._bisect(batch, parts, error)
-        except (Exception, asyncio.CancelledError):
+        else:
             # Not the model's fault but one in here; nobody may be left waiting.
-            log.exception("the batch collector failed")
+            log.error("the batch collector failed", exc_info=error)
             for part in parts:
                 _fail(part.request, PredictionFailed("The batch could not be run."))
 

@@ -26,6 +26,11 @@ class Deadlines(Generic[ItemT]):
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = float("inf")
 
+    @property
+    def earliest(self) -> float:
+        """No deadline is before this."""
+        return self._rings_at
+
     def add(self, item: ItemT, deadline: float) -> None:
         """`deadline` is by `monotonic`, which timers go by, too; infinity never passes."""
         self._deadlines[item] = deadline

@@ -24,13 +24,17 @@ class Answer(NamedTuple):
     """Those of the outcomes that are no predictions, by the number of the row."""
 
 
-def refusal(model: ServedModel, deadline: float) -> ServiceError | None:
-    """Why a request would be refused now, before anything is spent on it: the model is not ready,
-    or overloaded. Counted, if there is a reason."""
-    error = model.refusal(deadline)
-    if error:
+def admit(model: ServedModel, deadline: float) -> None:
+    """Whether a request would be taken now, before anything is spent on it.
+
+    Raises:
+        NotReady, Overloaded: it would not.
+    """
+    try:
+        model.admit(deadline)
+    except ServiceError as error:
         _count(model, error)
-    return error
+        raise
 
 
 async def predict(

@@ -191,11 +191,13 @@ class ServedModel:
                 ", ".join(sorted(trained ^ served)),
             )
 
-    def refusal(self, deadline: float) -> ServiceError | None:
-        """Why a request would be refused whatever it holds, if it would."""
-        if self._collector is None:
-            return NotReady(f"Model {self.name} is {self.state}.")
-        return self._collector.refusal(1, deadline)
+    def admit(self, deadline: float) -> None:
+        """Whether a request would be taken now, whatever it holds.
+
+        Raises:
+            NotReady, Overloaded: it would not.
+        """
+        self._accepting().admit(1, deadline)
 
     def _accepting(self) -> Collector[BaseFeatures, Outcome]:
         if self._collector is None:

@@ -64,8 +64,11 @@ class WaitPolicy(Protocol):
     def found_idle(self, now: float) -> None:
         """Rows are about to be queued, and nothing runs or waits."""
 
-    def fire_at(self, now: float, rows: int, oldest: float) -> float:
-        """When to run the `rows` that wait since `oldest`: at once unless that is after `now`."""
+    def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
+        """When to run the `rows` that wait since `oldest`: at once unless that is after `now`.
+
+        `room` is for how many more the batch has.
+        """
 
 
 class FixedWindow:
@@ -84,7 +87,7 @@ class FixedWindow:
     def found_idle(self, now: float) -> None:
         pass
 
-    def fire_at(self, now: float, rows: int, oldest: float) -> float:
+    def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
         return oldest + self._window
 
 
@@ -165,8 +168,7 @@ class LearnedReturns:
             seen = min(came, self._size) if self._kind == "answered" else came
             expected[index] = MEMORY * expected[index] + (1 - MEMORY) * seen / self._size
 
-    def fire_at(self, now: float, rows: int, oldest: float) -> float:
-        room = self._max_rows - rows
+    def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
         batch_s = self.cost(rows)
         if not self._kind or room <= 0 or batch_s < WORTH_A_WAIT_S:
             return now

@@ -24,7 +24,6 @@ from app.errors import (
     BodyTimeout,
     BodyTooLarge,
     FieldError,
-    ServiceError,
     UnsupportedMediaType,
     invalid_fields,
     invalid_input,
@@ -110,7 +109,7 @@ class JsonRoute:
     """Answers one path: reads the body, and calls `endpoint`.
 
     Args:
-        refusal: asked with the deadline, before the body is read, why not to answer.
+        admit: called with the deadline before the body is read; raises why not to read it.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class JsonRoute:
         endpoint: Endpoint,
         settings: Settings,
         keys: ApiKeys,
-        refusal: Callable[[float], ServiceError | None],
+        admit: Callable[[float], None],
     ) -> None:
         self.path = path
         self._endpoint = endpoint.function
@@ -135,7 +134,7 @@ class JsonRoute:
         self._timeout_s = settings.request_timeout_s
         self._max_body_bytes = settings.max_body_bytes
         self._keys = keys
-        self._refusal = refusal
+        self._admit = admit
         self.metrics = RouteMetrics("POST", path)
         self._reading: Deadlines[Task] = Deadlines(self._stop_reading)
         self._late: set[Task] = set()
@@ -161,9 +160,7 @@ class JsonRoute:
         """
         self._keys.check(call.headers)
         deadline = monotonic() + self._timeout(call.headers)
-        refusal = self._refusal(deadline)
-        if refusal:
-            raise refusal
+        self._admit(deadline)
         call.deadline = deadline
 
     async def answer(self, call: Call, receive: Receive) -> bytes:
@@ -180,8 +177,8 @@ class JsonRoute:
         # To look for the running loop takes a system call.
         task = asyncio.current_task(call.exchange.loop if call.exchange else None)
         assert task  # noqa: S101
-        content = call.exchange.content if call.exchange else None
-        if content is None or len(content) > self._max_body_bytes:
+        content = call.exchange.take_content(self._max_body_bytes) if call.exchange else None
+        if content is None:
             content = await self._read(receive, call, task)
         try:
             body = parse(content)

@@ -72,6 +72,7 @@ class RequestContext:
             try:
                 route.admit(call)
             except ServiceError as error:
+                # None of these closes the connection.
                 self._respond(call, problem_reply(error, call.request_id))
                 self._note(scope, error.status, call, route)
                 return True
@@ -108,6 +109,8 @@ class RequestContext:
             if route:
                 status = await self._answer(route, call, scope, receive, send_with_context)
             else:
+                # In Starlette's patterns "$" matches before a newline at the end, too.
+                scope["path"] = scope["path"].replace("\n", "%0A")
                 await self.app(scope, receive, send_with_context)
         except Exception:
             log.exception("unhandled error")

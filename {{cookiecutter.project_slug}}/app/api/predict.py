@@ -77,8 +77,7 @@ def add_predict_routes(
     routes: list[JsonRoute] = []
 
     def add(path: str, model: ServedModel, endpoint: Endpoint) -> None:
-        refusal = partial(inference.refusal, model)
-        route = JsonRoute(path, endpoint, settings, keys, refusal)
+        route = JsonRoute(path, endpoint, settings, keys, partial(inference.admit, model))
         routes.append(route)
         app.router.add_api_route(
             path,

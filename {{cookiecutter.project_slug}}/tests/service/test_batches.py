@@ -80,28 +80,31 @@ def test_the_urgent_go_first(start: Start, pipe: Path) -> None:
     assert [number - begin for number in numbers] == [5, 3, 2, 1, 4]
 
 
+@pytest.mark.parametrize("requests", [1, 2], ids=["alone", "pipelined"])
 def test_what_a_caller_hung_up_on_never_reaches_the_model(
-    service: Service, pipe: Path, tmp_path: Path
+    service: Service, pipe: Path, tmp_path: Path, requests: int
 ) -> None:
     def cancelled() -> float:
         labels = {"model": "gate", "version": "1", "outcome": "cancelled"}
         return sample(service, "inference_requests_total", **labels)
 
     before, failures = cancelled(), len(service.log_lines("prediction failed"))
+    request_id = f"hung-up-{requests}"
     with ThreadPoolExecutor() as pool:
         held = pool.submit(post_gate, service, str(pipe))
         with pipe.open("w"):
             body = json.dumps({"features": {"pipe": str(tmp_path / "missing")}}).encode()
             head = (
-                f"POST {GATE} HTTP/1.1\r\nHost: x\r\nX-Request-ID: hung-up\r\n"
+                f"POST {GATE} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             ).encode()
             with socket.create_connection(("127.0.0.1", service.port)) as connection:
-                connection.sendall(head + body)
+                connection.sendall(requests * (head + body))
                 service.wait_until(partial(queue_is, service, 1))
-            service.wait_until(lambda: service.log_lines_of("hung-up", "request"))
-            assert service.log_lines_of("hung-up", "request")[0]["status"] == 499
+            service.wait_until(lambda: service.log_lines_of(request_id, "request"))
+            assert service.log_lines_of(request_id, "request")[0]["status"] == 499
         assert held.result().status_code == 200
+    assert queue_is(service, 0)
     # Had it reached the model, that would have failed for want of the file.
     assert post_gate(service, "/dev/null").status_code == 200
     assert len(service.log_lines("prediction failed")) == failures

@@ -1,6 +1,7 @@
 """The collector, on a clock that jumps and with a model that is held: who shares a batch, when."""
 
 import asyncio
+import gc
 import random
 import selectors
 from collections.abc import Callable, Coroutine, Sequence
@@ -162,6 +163,60 @@ class TestBinding:
             await asyncio.gather(first, odd, *others)
             assert model.batches[1] == ["odd"]
             assert [len(batch) for batch in model.batches] == [1, 1, 4, 4, 1]
+
+        run(test())
+
+    def test_the_turn_of_a_shape_is_not_lost_to_one_that_came_too_late(self) -> None:
+        async def test() -> None:
+            model = Model(fixed=10)
+            collecting = collector(model)
+            first = submit(collecting, "x")
+            await settle()
+            late = submit(collecting, "late", priority=0, shape_key="a", deadline=9.0)
+            low = submit(collecting, "low", priority=7, shape_key="a")
+            high = submit(collecting, "high", priority=1, shape_key="b")
+            await asyncio.gather(first, low, high, late, return_exceptions=True)
+            assert model.batches == [["x"], ["high"], ["low"]]
+
+        run(test())
+
+    def test_who_comes_alone_to_an_idle_model_is_taken_at_once(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            alone = submit(collecting, "a", is_alone=True)
+            await asyncio.sleep(0)
+            assert model.batches == [["a"]]
+            beside = submit(collecting, "b", is_alone=True)
+            await asyncio.sleep(0)
+            assert model.batches == [["a"]]
+            assert [await alone, await beside] == [["a!"], ["b!"]]
+            with pytest.raises(DeadlineExceeded):
+                await submit(collecting, "late", is_alone=True, deadline=0.0)
+            assert model.batches == [["a"], ["b"]]
+
+        run(test())
+
+    def test_nor_does_a_timer_that_was_set_for_another_start_a_batch_beside_it(self) -> None:
+        class Waits(FixedWindow):
+            def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
+                return now if self.is_over else now + 5
+
+            is_over = False
+
+        async def test() -> None:
+            model, policy = Model(fixed=100), Waits(0, BatchCost())
+            collecting = collector(model, policy=policy)
+            gone = submit(collecting, "gone")
+            await settle()
+            gone.cancel()
+            await settle()
+            policy.is_over = True
+            requests = [submit(collecting, "a", is_alone=True)]
+            await settle()
+            requests.append(submit(collecting, "b"))
+            await asyncio.gather(*requests)
+            assert model.most_running == 1
 
         run(test())
 
@@ -381,6 +436,25 @@ class TestOverload:
 
         run(test())
 
+    def test_a_backlog_that_expired_is_forgotten(self) -> None:
+        async def test() -> None:
+            loop = asyncio.get_running_loop()
+            model = Model(fixed=10)
+            collecting = collector(model, max_rows=1)
+            requests = [submit(collecting, "a")]
+            await settle()
+            requests.append(submit(collecting, "b"))
+            requests += [submit(collecting, row, deadline=15.0) for row in "cd"]
+            await asyncio.gather(*requests, return_exceptions=True)
+            await asyncio.sleep(1000)
+            requests = [submit(collecting, "e")]
+            await settle()
+            requests.append(submit(collecting, "f", deadline=loop.time() + 30))
+            await asyncio.gather(*requests)
+            assert model.batches == [["a"], ["b"], ["e"], ["f"]]
+
+        run(test())
+
     def test_what_expires_in_the_queue_never_reaches_the_model(self) -> None:
         async def test() -> None:
             model = Model(fixed=10)
@@ -411,10 +485,32 @@ class TestOverload:
             collecting = collector(Model(), policy=FixedWindow(50, BatchCost()))
             assert await submit(collecting, "a", deadline=60.0) == ["a!"]
             began = asyncio.get_running_loop().time()
-            assert await submit(collecting, "b", deadline=began + 20.0) == ["b!"]
+            # Its caller is not the one who has waited longest.
+            patient = submit(collecting, "b")
+            await settle()
+            assert await submit(collecting, "c", deadline=began + 20.0) == ["c!"]
             assert asyncio.get_running_loop().time() < began + 20
+            assert await patient == ["b!"]
 
         run(test())
+
+
+def test_a_failure_leaves_nothing_for_the_garbage_collector() -> None:
+    async def test() -> None:
+        collecting = collector(Model())
+
+        async def fail() -> None:
+            try:
+                await collecting.submit(["poison"], FAR)
+            except PredictionFailed:
+                return
+
+        await fail()
+        gc.collect()
+        await fail()
+        assert gc.collect() == 0
+
+    run(test())
 
 
 class TestStopping:

@@ -197,7 +197,9 @@ class TestOtherErrors:
         answer = service.client.post(PREDICT, content=json.dumps(GOOD), headers=headers)
         assert_problem(answer, 415)
 
-    @pytest.mark.parametrize("path", ["/", "/v1", "/v2/predict", "/v1/predict/", "/%00", "/..;/"])
+    @pytest.mark.parametrize(
+        "path", ["/", "/v1", "/v2/predict", "/v1/predict/", "/v1/predict%0A", "/%00", "/..;/"]
+    )
     def test_no_such_path(self, service: Service, path: str) -> None:
         assert_problem(service.client.post(path, json=GOOD), 404)
 
@@ -233,6 +235,20 @@ def test_an_offer_of_http2_is_ignored(service: Service) -> None:
     )
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b'"prediction":{"y":42.0}' in answer
+
+
+def test_what_looks_like_such_an_offer_in_a_body_stays_there(service: Service) -> None:
+    body = b"\r\nUpgrade: h2c\r\n\r\n"
+    head = (
+        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
+        b"Content-Type: application/json\r\n" + f"Content-Length: {len(body)}\r\n\r\n".encode()
+    )
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(head)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(body)
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 422 ")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +357,10 @@ def test_requests_in_a_pipeline_are_answered_in_order(service: Service) -> None:
     assert [y or ok for y, ok in found] == [b"2.0", b"ok", b"4.0", b"6.0", b"ok"]
 
 
-def test_a_request_leaves_nothing_for_the_garbage_collector(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bad", "status"), [(1, 200), ("one", 422)])
+def test_a_request_leaves_nothing_for_the_garbage_collector(
+    start: Start, tmp_path: Path, bad: Any, status: int
+) -> None:
     source = (FAKES / "double.py").read_text(encoding="utf-8")
     source = source.replace("self.factor * row.x", 'gc.get_stats()[0]["collections"]')
     source = source.replace("from pathlib", "import gc\nfrom pathlib", 1)
@@ -351,6 +370,7 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(start: Start, tmp_pa
 
     def collections_after(requests: int) -> float:
         for _ in range(requests):
+            assert service.predict("double", x=bad).status_code == status
             answer = service.predict("double", x=1)
         number: float = answer.json()["prediction"]["y"]
         return number
