@@ -83,7 +83,7 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     """How often the model is loaded, each time on a thread of its own, to run batches at once."""
 
     runs_inline: ClassVar[bool | None] = None
-    """Whether `predict` may run on the event loop, which it holds up. None: if it is measured to
+    """Whether `predict` runs on the event loop, which it holds up. None: once it is measured to
     be quick. False for one that is sometimes slow, as when it asks another service."""
 
     provider: Provider = "cpu"

@@ -119,6 +119,7 @@ class Runner:
 
         self.pace = Pace()
         self.may_run_inline = False
+        self._is_always_inline = predictor_class.runs_inline is True
         self._times_back = 0
         self.last_success = float("-inf")
         """When a batch last worked, by `monotonic`."""
@@ -145,7 +146,8 @@ class Runner:
         instance = self._instances[0]
         if len(self._instances) > 1:
             instance = min(self._instances, key=lambda instance: instance.running)
-        if self.may_run_inline and self.pace.is_quick and not instance.running:
+        is_quick = self.may_run_inline and self.pace.is_quick
+        if (is_quick or self._is_always_inline) and not instance.running:
             self._run_inline(instance.predictor, rows, answer)
         else:
             instance.running += 1
@@ -167,7 +169,7 @@ class Runner:
     def _note_pace(self, seconds: float) -> None:
         was_quick = self.pace.is_quick
         self.pace.ran(seconds)
-        if was_quick == self.pace.is_quick or not self.may_run_inline:
+        if was_quick == self.pace.is_quick or not self.may_run_inline or self._is_always_inline:
             return
         if was_quick:
             self._times_back += 1

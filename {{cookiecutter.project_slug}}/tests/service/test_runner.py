@@ -111,8 +111,8 @@ class TestWhere:
             runner = await loaded(Here)
             runner.may_run_inline = True
             runs_until_quick(runner.pace)
-            # Of a few milliseconds each.
-            runner.predictor.do = lambda: sum(range(400_000))  # type: ignore[attr-defined]
+            # Several times as long as is quick.
+            runner.predictor.do = lambda: sum(range(2_000_000))  # type: ignore[attr-defined]
             for _ in range(MEMORY_RUNS):
                 await runner.run([Features()])
             assert not runner.pace.is_quick
@@ -125,6 +125,19 @@ class TestWhere:
             runner = await loaded(Here)
             for _ in range(2 * MEMORY_RUNS):
                 assert threads(await runner.run([Features()])) != {threading.get_ident()}
+            runner.close()
+
+        run(test)
+
+    def test_one_that_must_always_does(self) -> None:
+        class Must(Here):
+            runs_inline = True
+
+        async def test() -> None:
+            runner = await loaded(Must)
+            runner.predictor.do = lambda: sleep(2 * INLINE_BELOW_S)  # type: ignore[attr-defined]
+            for _ in range(2 * MEMORY_RUNS):
+                assert threads(await runner.run([Features()])) == {threading.get_ident()}
             runner.close()
 
         run(test)
