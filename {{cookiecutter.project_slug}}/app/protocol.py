@@ -127,7 +127,9 @@ class Exchange:
         cycle.scope = None  # type: ignore[assignment]
         cycle.body = bytearray()
         if protocol.cycle is cycle:
-            protocol.scope = protocol.headers = None  # type: ignore[assignment]
+            protocol.scope = None  # type: ignore[assignment]
+            # Its body may still come, and bring trailers, which are headers to the parser.
+            protocol.headers = []
 
 
 class Protocol(HttpToolsProtocol):

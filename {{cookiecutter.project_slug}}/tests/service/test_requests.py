@@ -251,6 +251,19 @@ def test_what_looks_like_such_an_offer_in_a_body_stays_there(service: Service) -
     assert answer.startswith(b"HTTP/1.1 422 ")
 
 
+def test_what_follows_an_answer_to_the_header_alone_does_no_harm(service: Service) -> None:
+    # Refused while its header is parsed; its body and what comes after that are still to come.
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    refused = b"X-Request-Timeout-Ms: soon\r\nTransfer-Encoding: chunked\r\n\r\n"
+    trailer = b"2\r\n{}\r\n0\r\nX-Checksum: 1\r\n\r\n"
+    body = json.dumps(GOOD).encode()
+    good = b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    answer = exchange(service, head + refused + trailer + head + good)
+    assert answer.startswith(b"HTTP/1.1 422 ")
+    assert answer.count(b"HTTP/1.1 ") == 2
+    assert b"HTTP/1.1 200 " in answer
+
+
 @pytest.mark.parametrize(
     "request_",
     [
