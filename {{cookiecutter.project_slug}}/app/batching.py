@@ -149,6 +149,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self._accepted: Deadlines[_Request[RowT, OutcomeT]] = Deadlines(self._expire, clock)
         self._batches: set[_Batch[RowT, OutcomeT]] = set()
         self._wake: asyncio.Handle | None = None
+        self._wakes_at = 0.0
         self._is_due = False
         """Whether `_wake` is for the next turn of the loop."""
 
@@ -269,10 +270,8 @@ class Collector(Generic[RowT, OutcomeT]):
         is_free = len(self._batches) < self.limits.slots
         if self._is_due or not is_free:
             return
-        if self._wake:
-            self._wake.cancel()
-            self._wake = None
         if not self.rows_waiting or self.state is State.STOPPED:
+            self._cancel_wake()
             return
         now = self._clock()
         oldest = min(next(iter(queue)).queued for queue in self._queues.values())
@@ -285,12 +284,29 @@ class Collector(Generic[RowT, OutcomeT]):
         in_time = self._accepted.earliest - 2 * self.cost(self.rows_waiting)
         fire_at = min(fire_at, forming_since + self.limits.max_wait, in_time)
         if room > 0 and fire_at > now:
-            self._wake = self._loop.call_at(fire_at, self._start_batch, context=self._context)
+            if not self._wake or fire_at != self._wakes_at:
+                self._cancel_wake()
+                self._wakes_at = fire_at
+                self._wake = self._loop.call_at(fire_at, self._look_again, context=self._context)
         else:
+            self._cancel_wake()
             # In the next turn of the loop: what arrives in this one can still join.
             self._is_due = True
             start = partial(self._start_when_settled, self.rows_waiting)
             self._wake = self._loop.call_soon(start, context=self._context)
+
+    def _cancel_wake(self) -> None:
+        if self._wake:
+            self._wake.cancel()
+            self._wake = None
+
+    def _look_again(self) -> None:
+        """Whoever came while the event loop was busy with something else is heard first."""
+        self._wake = self._loop.call_soon(self._reconsider, context=self._context)
+
+    def _reconsider(self) -> None:
+        self._wake = None
+        self._schedule()
 
     def _start_when_settled(self, rows_before: int) -> None:
         """Start a batch, unless this turn of the loop brought many more rows: so may the next."""
@@ -492,9 +508,8 @@ class Collector(Generic[RowT, OutcomeT]):
     def close(self, reason: str = "The service has stopped.") -> None:
         """Give up: fail what waits and what runs."""
         self.state = State.STOPPED
-        if self._wake:
-            self._wake.cancel()
-            self._wake, self._is_due = None, False
+        self._cancel_wake()
+        self._is_due = False
         for request in self._accepted.items():
             _fail(request, NotReady(reason))
 

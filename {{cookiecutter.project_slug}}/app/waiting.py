@@ -1,5 +1,6 @@
 """How long a batch that could run waits for more rows. Pure arithmetic; times are in seconds."""
 
+from math import inf
 from typing import Protocol
 
 HORIZONS_S = tuple(0.1e-3 * 2 ** (step / 2) for step in range(15))
@@ -67,7 +68,8 @@ class WaitPolicy(Protocol):
     def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
         """When to run the `rows` that wait since `oldest`: at once unless that is after `now`.
 
-        `room` is for how many more the batch has.
+        Asked again whenever rows have come, and when that time has come. `room` is for how many
+        more the batch has.
         """
 
 
@@ -107,6 +109,7 @@ class LearnedReturns:
     def __init__(self, max_rows: int, cost: BatchCost) -> None:
         self._max_rows = max_rows
         self.cost = cost
+        self._is_quick = cost(max_rows) < WORTH_A_WAIT_S
         self._expected = {"answered": [0.0] * len(HORIZONS_S), "idle": [0.0] * len(HORIZONS_S)}
         self._kind = ""
         self._since = 0.0
@@ -116,18 +119,22 @@ class LearnedReturns:
         self._came_within: list[int] = []
         """Rows that came within each horizon that is over."""
 
+        self._closes_at = 0.0
+        """When the next horizon is over."""
+
+        self._planned_for = self._until = self._enough = 0.0
+        """The oldest row that the plan was made for, until when to wait, unless so many rows are
+        there before: then to think again."""
+
         self._rate = 0.0
         self._rate_rows = 0
         self._rate_since = 0.0
 
-    @property
-    def _is_quick(self) -> bool:
-        return self.cost(self._max_rows) < WORTH_A_WAIT_S
-
     def arrived(self, now: float, rows: int) -> None:
         if self._is_quick:
             return
-        self._close_horizons(now)
+        if now > self._closes_at:
+            self._close_horizons(now)
         if not self._came:
             self._first = now
         self._last = now
@@ -138,6 +145,7 @@ class LearnedReturns:
             self._rate_rows, self._rate_since = 0, now
 
     def answered(self, now: float, rows: int) -> None:
+        self._is_quick = self.cost(self._max_rows) < WORTH_A_WAIT_S
         if not self._is_quick:
             self._begin(now, "answered", rows)
 
@@ -152,13 +160,15 @@ class LearnedReturns:
             self._learn(now)
         self._kind, self._since, self._size = kind, now, size
         self._came, self._came_within = 0, []
+        self._closes_at = now + HORIZONS_S[0]
+        self._until = now
 
     def _close_horizons(self, now: float) -> None:
-        passed = now - self._since
-        while len(self._came_within) < len(HORIZONS_S):
-            if passed <= HORIZONS_S[len(self._came_within)]:
-                return
+        while now > self._closes_at:
             self._came_within.append(self._came)
+            closed = len(self._came_within)
+            is_last = closed == len(HORIZONS_S)
+            self._closes_at = inf if is_last else self._since + HORIZONS_S[closed]
 
     def _learn(self, now: float) -> None:
         self._close_horizons(now)
@@ -169,9 +179,18 @@ class LearnedReturns:
             expected[index] = MEMORY * expected[index] + (1 - MEMORY) * seen / self._size
 
     def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
-        batch_s = self.cost(rows)
-        if not self._kind or room <= 0 or batch_s < WORTH_A_WAIT_S:
+        if not self._kind or room <= 0 or self._is_quick:
             return now
+        # To reckon takes as long as a tenth of a request, and each arrival asks.
+        if oldest != self._planned_for or now >= self._until or rows >= self._enough:
+            self._planned_for = oldest
+            self._plan(now, rows, room)
+        return self._until
+
+    def _plan(self, now: float, rows: int, room: int) -> None:
+        """Set until when to wait, and how many rows are enough to think again."""
+        batch_s = self.cost(rows)
+        spared = (batch_s + self.cost(0)) / 2
         passed = now - self._since
         best = wait = most = 0.0
         for horizon, share in zip(HORIZONS_S, self._expected[self._kind], strict=True):
@@ -182,11 +201,12 @@ class LearnedReturns:
             left = horizon - passed
             if left <= 0 or coming < 0.5:
                 continue
-            gain = coming * (batch_s + self.cost(0)) / 2 - rows * left
+            # Those that are still to come wait for half of it, on average.
+            gain = coming * spared - (rows + coming / 2) * left
             if gain > best:
                 best, wait = gain, left
         if most >= 0.5 and self._came > 1:
             gap = STREAM_GAPS * (self._last - self._first) / (self._came - 1)
             if rows * gap < batch_s:
                 wait = max(wait, self._last + gap - now)
-        return now + wait
+        self._until, self._enough = now + wait, rows + max(most / 2, 1)
