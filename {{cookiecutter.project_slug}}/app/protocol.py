@@ -2,11 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
-from typing import ClassVar
+from typing import Any, ClassVar
 from uuid import uuid4
 
+from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -46,19 +47,21 @@ class Outbox:
 
 
 class Exchange:
-    """A request under way, for whoever can do more with it than ASGI allows.
+    """A request under way, for whoever can do more with it than ASGI allows."""
 
-    Whoever puts it into the scope has to take it out again, or it makes a reference cycle of the
-    request, which only the garbage collector would find.
-    """
-
-    __slots__ = ("_cycle", "_protocol", "on_disconnect")
+    __slots__ = ("_cycle", "_protocol", "waiting")
 
     def __init__(self, protocol: "Protocol", cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
         self._cycle = cycle
-        self.on_disconnect: Callable[[], object] | None = None
-        """Called when the client has left before the answer."""
+        self.waiting: asyncio.Task[Any] | None = None
+        """Cancelled when the client leaves before the answer."""
+
+    @property
+    def asgi(self) -> tuple[Scope, Receive, Send]:
+        """What an ASGI application is called with."""
+        cycle: Any = self._cycle
+        return cycle.scope, cycle.receive, cycle.send
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -77,6 +80,11 @@ class Exchange:
         is_open = cycle.keep_alive and not self._protocol.flow.write_paused
         return is_open and not cycle.response_started
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has."""
+        return self._cycle.disconnected
+
     def take_content(self, max_bytes: int) -> bytes | None:
         """The body, if all of it is there, is not too long, and the client is there, too."""
         cycle = self._cycle
@@ -93,8 +101,8 @@ class Exchange:
             return
         self._cycle.disconnected = True
         self._cycle.message_event.set()
-        if self.on_disconnect:
-            self.on_disconnect()
+        if self.waiting:
+            self.waiting.cancel()
 
     def respond(self, status: int, headers: bytes, content: bytes) -> bool:
         """Send a whole answer; `headers` are lines. False: it has to go the usual way.
@@ -132,6 +140,10 @@ class Exchange:
             protocol.headers = []
 
 
+def _nothing() -> None:
+    pass
+
+
 class Protocol(HttpToolsProtocol):
     outbox: ClassVar = Outbox()
     exchange: Exchange | None = None
@@ -156,10 +168,22 @@ class Protocol(HttpToolsProtocol):
         begin = getattr(app, "begin", None)  # of app.api.middleware
         # Of those that waited in a pipeline, each refusal would begin the next one within itself.
         may_refuse = not self.pipeline and self.exchange.may_respond
-        if begin and begin(cycle.scope, self.exchange, may_refuse=may_refuse):
-            cycle.on_response = lambda: None
+        answering = begin(self.exchange, may_refuse=may_refuse) if begin else None
+        if answering:
+            task = self.loop.create_task(answering)
+            self.tasks.add(task)
+            task.add_done_callback(partial(self._ended, cycle))
+        elif cycle.response_complete:
+            cycle.on_response = _nothing
         else:
             super()._start_asgi_task(cycle, app)
+
+    def _ended(self, cycle: RequestResponseCycle, task: "asyncio.Task[Any]") -> None:
+        self.tasks.discard(task)
+        # It knows the protocol, which knows the cycle.
+        cycle.on_response = _nothing
+        if not (cycle.response_complete or cycle.disconnected):
+            self.transport.close()
 
     def shutdown(self) -> None:
         self.outbox.send()

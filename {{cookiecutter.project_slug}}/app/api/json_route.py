@@ -184,25 +184,18 @@ class JsonRoute:
             body = parse(content)
         except ValidationError as error:
             raise invalid_input(error) from None
-        has_left = False
-
-        def leave() -> None:
-            nonlocal has_left
-            has_left = True
-            task.cancel()
-
         if call.exchange:
-            call.exchange.on_disconnect = leave
+            call.exchange.waiting = task
         try:
             return to_json(await self._endpoint(body, call), by_alias=True)
         except asyncio.CancelledError:
-            if not has_left:
+            if not (call.exchange and call.exchange.has_left):
                 raise
             task.uncancel()
             raise ClientLeft from None
         finally:
             if call.exchange:
-                call.exchange.on_disconnect = None
+                call.exchange.waiting = None
 
     def _parser(self, headers: Headers) -> Parse:
         """

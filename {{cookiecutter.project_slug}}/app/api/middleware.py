@@ -2,9 +2,10 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from random import getrandbits
 from time import perf_counter
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,6 +40,10 @@ def _call(scope: Scope, exchange: Exchange | None = None) -> Call:
     return Call(request_id_of(headers), perf_counter(), headers, exchange)
 
 
+def unforeseen() -> ServiceError:
+    return ServiceError("An unexpected error; the log has it by the request id.")
+
+
 class RequestContext:
     """Gives each request an id, logs it, and answers what nothing else caught.
 
@@ -57,15 +62,17 @@ class RequestContext:
         self.lifecycle = lifecycle
         self.access_log = access_log
 
-    def begin(self, scope: Scope, exchange: Exchange, *, may_refuse: bool) -> bool:
-        """Prepare the call, if `scope` is one; true if it is refused, and answered so.
+    def begin(self, exchange: Exchange, *, may_refuse: bool) -> Coroutine[Any, Any, None] | None:
+        """What is left to do for a request to one of `routes`, or None: see `__call__`.
 
-        app.protocol asks this before it makes a task of the request: while there is too much to
-        do, to say so has to cost as little as can be, or nothing else gets done.
+        app.protocol asks this before it makes a task of the request, and makes one of what it
+        gets. While there is too much to do, to say so has to cost as little as can be, or
+        nothing else gets done, so a request may be refused here, and is answered then.
         """
+        scope, receive, send = exchange.asgi
         route = self._route(scope)
         if route is None:
-            return False
+            return None
         call = _call(scope, exchange)
         # A process that ends closes its connections, too.
         if may_refuse and not self.lifecycle.is_ending:
@@ -75,9 +82,8 @@ class RequestContext:
                 # None of these closes the connection.
                 self._respond(call, problem_reply(error, call.request_id))
                 self._note(scope, error.status, call, route)
-                return True
-        scope["state"]["call"] = call
-        return False
+                return None
+        return self._answer(route, call, scope, receive, send)
 
     def _route(self, scope: Scope) -> JsonRoute | None:
         return self.routes.get(scope["path"]) if scope["method"] == "POST" else None
@@ -86,40 +92,47 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        call = _call(scope)
+        if route := self._route(scope):
+            await self._answer(route, call, scope, receive, send)
+            return
 
-        state = scope.setdefault("state", {})
-        call: Call = state.pop("call", None) or _call(scope)
-        state["request_id"] = request_id = call.request_id
+        scope.setdefault("state", {})["request_id"] = call.request_id
+        # In Starlette's patterns "$" matches before a newline at the end, too.
+        scope["path"] = scope["path"].replace("\n", "%0A")
         # Each request is a task, so nothing else sees this.
-        current_request_id.set(request_id)
-        route = self._route(scope)
+        current_request_id.set(call.request_id)
+        send_in_context = self._in_context(call, send)
         status = 0
 
-        async def send_with_context(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = [(b"x-request-id", request_id.encode())]
+            await send_in_context(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except Exception:
+            log.exception("unhandled error")
+            if not status:
+                await problem_response(unforeseen(), call.request_id)(scope, receive, send_and_note)
+        self._note(scope, status, call)
+
+    def _in_context(self, call: Call, send: Send) -> Send:
+        """`send`, with the headers that every answer has."""
+
+        async def send_in_context(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(b"x-request-id", call.request_id.encode())]
                 if self.lifecycle.is_ending:
                     extra.append((b"connection", b"close"))
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
-        try:
-            if route:
-                status = await self._answer(route, call, scope, receive, send_with_context)
-            else:
-                # In Starlette's patterns "$" matches before a newline at the end, too.
-                scope["path"] = scope["path"].replace("\n", "%0A")
-                await self.app(scope, receive, send_with_context)
-        except Exception:
-            log.exception("unhandled error")
-            if not status:
-                error = ServiceError("An unexpected error; the log has it by the request id.")
-                await problem_response(error, request_id)(scope, receive, send_with_context)
-        self._note(scope, status, call, route)
+        return send_in_context
 
-    def _note(self, scope: Scope, status: int, call: Call, route: JsonRoute | None) -> None:
+    def _note(self, scope: Scope, status: int, call: Call, route: JsonRoute | None = None) -> None:
         """Count and log a request that has been answered."""
         seconds = perf_counter() - call.started
         path: str = scope["path"]
@@ -136,22 +149,29 @@ class RequestContext:
 
     async def _answer(
         self, route: JsonRoute, call: Call, scope: Scope, receive: Receive, send: Send
-    ) -> int:
-        """Have `route` answer, and give the status."""
+    ) -> None:
+        """Have `route` answer."""
+        current_request_id.set(call.request_id)
         try:
             reply = Reply(200, JSON, await route.answer(call, receive))
         except ClientLeft:
-            return CLIENT_LEFT
+            self._note(scope, CLIENT_LEFT, call, route)
+            return
         except BodyTooLarge as error:
             # It reads on for a while before it closes.
-            await problem_response(error, call.request_id)(scope, receive, send)
-            return error.status
+            response = problem_response(error, call.request_id)
+            await response(scope, receive, self._in_context(call, send))
+            self._note(scope, error.status, call, route)
+            return
         except ServiceError as error:
             reply = problem_reply(error, call.request_id)
+        except Exception:
+            log.exception("unhandled error")
+            reply = problem_reply(unforeseen(), call.request_id)
         may_stay_open = not self.lifecycle.is_ending and "Connection" not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
-            await reply.send(send)
-        return reply.status
+            await reply.send(self._in_context(call, send))
+        self._note(scope, reply.status, call, route)
 
     def _respond(self, call: Call, reply: Reply) -> bool:
         """Whether the reply could be sent past ASGI, and was."""
