@@ -17,7 +17,7 @@ from functools import partial
 from itertools import chain
 from operator import itemgetter
 from time import monotonic
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from app.deadlines import Deadlines
 from app.errors import (
@@ -116,6 +116,26 @@ class _Batch(Generic[RowT, OutcomeT]):
     was_too_large: bool = False
 
 
+class Submission(NamedTuple, Generic[OutcomeT]):
+    """Rows that were taken, and who waits for them."""
+
+    future: asyncio.Future[Sequence[OutcomeT]]
+    """Of the outcomes, in order, or of DeadlineExceeded, PredictionFailed or NotReady."""
+
+    withdraw: Callable[[], object]
+    """To be called by who does not wait any more, whether it has its answer or gives up."""
+
+
+async def outcomes_of(submission: Submission[OutcomeT]) -> Sequence[OutcomeT]:
+    """What `submission` comes to. A caller that is cancelled gives up its place."""
+    try:
+        return await submission.future
+    finally:
+        submission.withdraw()
+        # An error knows this frame by its traceback; the frame must not know the error.
+        del submission
+
+
 class Collector(Generic[RowT, OutcomeT]):
     """Runs `run` on batches of at most `limits.max_rows`, in `limits.slots` batches at a time.
 
@@ -193,7 +213,7 @@ class Collector(Generic[RowT, OutcomeT]):
                 self._metrics.rejected("deadline")
                 raise Overloaded("The model would not get to this request in time.", wait)
 
-    async def submit(
+    def enqueue(
         self,
         rows: Sequence[RowT],
         deadline: float,
@@ -201,16 +221,14 @@ class Collector(Generic[RowT, OutcomeT]):
         priority: int = 0,
         shape_key: Hashable = None,
         is_alone: bool = False,
-    ) -> Sequence[OutcomeT]:
-        """The outcomes of `rows`, in order. A caller that is cancelled gives up its place.
+    ) -> "Submission[OutcomeT]":
+        """Take `rows`, which are waited for in the future that is returned.
 
         `is_alone` says that no other request comes in this turn of the event loop, so that there
         is no need to wait for the next one.
 
         Raises:
             NotReady, Overloaded: see `admit`.
-            DeadlineExceeded: the deadline passed.
-            PredictionFailed: the model failed on these rows.
         """
         self.admit(len(rows), deadline)
         now = self._clock()
@@ -222,28 +240,38 @@ class Collector(Generic[RowT, OutcomeT]):
         if is_idle:
             self._policy.found_idle(now)
         self._policy.arrived(now, len(rows))
-        try:
-            if is_alone and is_idle and self._may_start_at_once(request):
-                # Through the queue it would take half as long again as a small model does.
-                request.waiting = 0
-                self._start([_Part(request, 0, rows)], now)
-                if answer.done():
-                    return answer.result()
+        if is_alone and is_idle and self._may_start_at_once(request):
+            # Through the queue it would take half as long again as a small model does.
+            request.waiting = 0
+            self._start([_Part(request, 0, rows)], now)
+            if not answer.done():
                 self._accepted.add(request, deadline)
-            else:
-                self._accepted.add(request, deadline)
-                self._queues.setdefault(group, OrderedDict())[request] = None
-                self.rows_waiting += len(rows)
-                if self._batches:
-                    self._metrics.waiting(self.rows_waiting)
-                self._schedule()
-            return await answer
-        finally:
-            self._accepted.discard(request)
-            if request.waiting:
-                self._leave_queue(request)
-            # An error knows this frame by its traceback; the frame must not know the error.
-            del request, answer
+        else:
+            self._accepted.add(request, deadline)
+            self._queues.setdefault(group, OrderedDict())[request] = None
+            self.rows_waiting += len(rows)
+            if self._batches:
+                self._metrics.waiting(self.rows_waiting)
+            self._schedule()
+        return Submission(answer, partial(self._withdraw, request))
+
+    async def submit(
+        self, rows: Sequence[RowT], deadline: float, **options: Any
+    ) -> Sequence[OutcomeT]:
+        """The outcomes of `rows`, in order. A caller that is cancelled gives up its place.
+
+        Raises:
+            NotReady, Overloaded: see `admit`.
+            DeadlineExceeded: the deadline passed.
+            PredictionFailed: the model failed on these rows.
+        """
+        return await outcomes_of(self.enqueue(rows, deadline, **options))
+
+    def _withdraw(self, request: _Request[RowT, OutcomeT]) -> None:
+        self._accepted.discard(request)
+        if request.waiting:
+            self._leave_queue(request)
+        request.future.cancel()
 
     def _expire(self, request: _Request[RowT, OutcomeT]) -> None:
         if request.waiting:

@@ -3,14 +3,30 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from enum import Enum
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
+from app.batching import outcomes_of
 from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed, ServiceError
 from app.metrics import Outcome
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from app.repository import ServedModel
 
 log = logging.getLogger(__name__)
+
+
+CacheStatus = Literal["hit", "miss", "bypass"]
+
+
+class CacheUse(Enum):
+    """What a caller allows the cache."""
+
+    NORMAL = "normal"
+    REFRESH = "refresh"
+    """The model is to be asked, and what it says may be kept."""
+
+    NONE = "none"
 
 
 class Answer(NamedTuple):
@@ -22,6 +38,12 @@ class Answer(NamedTuple):
 
     errors: dict[int, ItemError]
     """Those of the outcomes that are no predictions, by the number of the row."""
+
+    cache: CacheStatus | None
+    """None: this model has no cache."""
+
+    age_s: float | None
+    """Of the oldest outcome, if all are from the cache."""
 
 
 def admit(model: ServedModel, deadline: float) -> None:
@@ -37,26 +59,42 @@ def admit(model: ServedModel, deadline: float) -> None:
         raise
 
 
-async def predict(
-    model: ServedModel,
-    rows: Sequence[BaseFeatures],
-    deadline: float,
-    *,
-    priority: int = 0,
-    is_alone: bool = False,
-) -> Answer:
-    """Score `rows`, which are valid features of `model`.
+class Terms(Protocol):
+    """What a caller asks for, beside the rows."""
 
-    Args:
-        deadline: by `time.monotonic`.
-        priority: the smaller one goes first.
-        is_alone: no other request came with this one, so it need not wait for any.
+    @property
+    def deadline(self) -> float:
+        """By `time.monotonic`."""
+
+    @property
+    def priority(self) -> int:
+        """The smaller one goes first."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other request came with this one, so that it need not wait for any."""
+
+    @property
+    def use(self) -> CacheUse: ...
+
+
+async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms) -> Answer:
+    """Score `rows`, which are valid features of `model`.
 
     Raises:
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
+    deadline, use, cache = terms.deadline, terms.use, model.cache
+    submit = partial(
+        model.submit, deadline=deadline, priority=terms.priority, is_alone=terms.is_alone
+    )
+    is_normal = use is CacheUse.NORMAL
+    age_s = None
     try:
-        outcomes = await model.predict(rows, deadline, priority=priority, is_alone=is_alone)
+        if cache is None or use is CacheUse.NONE:
+            outcomes = await outcomes_of(submit(rows))
+        else:
+            outcomes, age_s = await cache.answer(rows, submit, deadline, refresh=not is_normal)
     except (ServiceError, asyncio.CancelledError) as error:
         _count(model, error)
         if isinstance(error, PredictionFailed):
@@ -66,7 +104,13 @@ async def predict(
     errors = {row: item for row, item in enumerate(outcomes) if isinstance(item, ItemError)}
     if model.metrics:
         model.metrics.ended("invalid" if errors else "ok")
-    return Answer(model.version or "", outcomes, errors)
+    status: CacheStatus | None = None
+    if cache and is_normal:
+        status = "miss" if age_s is None else "hit"
+    elif cache:
+        cache.metrics.bypasses.inc()
+        status = "bypass"
+    return Answer(model.version or "", outcomes, errors, status, age_s)
 
 
 def _count(model: ServedModel, error: BaseException) -> None:

@@ -134,7 +134,7 @@ class Lifecycle:
             if task:
                 task.cancel()
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
-        self.repository.close()
+        await self.repository.close()
         log.info("stopped")
 
     async def readiness_fault(self) -> str | None:

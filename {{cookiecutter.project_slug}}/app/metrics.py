@@ -38,6 +38,32 @@ _max_rows = Gauge(
     "inference_batch_max_rows", "Most rows in a batch.", _MODEL, multiprocess_mode="livemin"
 )
 
+_cache_hits = Counter("cache_hits_total", "Rows answered by the cache.", [*_MODEL, "tier"])
+_cache_misses = Counter("cache_misses_total", "Rows that the cache did not have.", _MODEL)
+_cache_bypasses = Counter(
+    "cache_bypasses_total", "Requests that were not to be answered by the cache.", _MODEL
+)
+_cache_followers = Counter(
+    "cache_followers_total", "Requests that waited for the run of an equal one.", _MODEL
+)
+_cache_invalid = Counter(
+    "cache_invalid_total", "Cached answers that did not fit the schema.", _MODEL
+)
+_cache_bytes = Gauge("cache_bytes", "What the cache in memory holds.", multiprocess_mode="livesum")
+
+_redis_invalid = Counter("cache_redis_invalid_total", "Values in Redis that are none of ours.")
+_redis_dropped = Counter("cache_redis_dropped_total", "Answers that were not written to Redis.")
+_redis_failures = Counter("cache_redis_failures_total", "Exchanges with Redis that failed.")
+_redis_lookups = Histogram(
+    "cache_redis_lookup_seconds", "What looking keys up took.", buckets=COMPUTE_BUCKETS_S
+)
+_redis_breaker = Gauge(
+    "cache_redis_breaker_state",
+    "0: Redis is in use, 1: it is tried again, 2: it is left alone.",
+    ["operations"],
+    multiprocess_mode="livemax",
+)
+
 RejectReason = Literal["not_ready", "queue_full", "deadline"]
 Outcome = Literal["ok", "invalid", "failed", "rejected", "expired", "cancelled"]
 
@@ -74,6 +100,32 @@ class ModelMetrics:
     def ended(self, outcome: Outcome) -> None:
         """A request to the model has ended so."""
         self._outcome(outcome).inc()
+
+
+class CacheMetrics:
+    """The metrics of the cache of one version of one model."""
+
+    def __init__(self, model: str, version: str) -> None:
+        self.model, self.version = model, version
+        self.hits = cache(lambda tier: _cache_hits.labels(model, version, tier))
+        self.misses = _cache_misses.labels(model, version)
+        self.bypasses = _cache_bypasses.labels(model, version)
+        self.followers = _cache_followers.labels(model, version)
+        self.invalid = _cache_invalid.labels(model, version)
+        self.bytes_held = _cache_bytes
+
+
+class StoreMetrics:
+    """The metrics of the exchange with Redis."""
+
+    def __init__(self) -> None:
+        self.invalid = _redis_invalid
+        self.dropped = _redis_dropped
+        self.failures = _redis_failures
+        self.lookup_seconds = _redis_lookups
+
+    def breaker(self, operations: Literal["lookups", "writes"]) -> Gauge:
+        return _redis_breaker.labels(operations)
 
 
 class RouteMetrics:

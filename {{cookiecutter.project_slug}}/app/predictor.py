@@ -86,6 +86,13 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     """Whether `predict` runs on the event loop, which it holds up. None: once it is measured to
     be quick. False for one that is sometimes slow, as when it asks another service."""
 
+    cache: ClassVar[bool] = True
+    """Whether an answer may be given again for an equal row. False for a model that draws lots,
+    asks other services, or knows the time."""
+
+    cache_ttl_s: ClassVar[float | None] = None
+    """For how long, in seconds, where the setting CACHE_TTL_S does not suit."""
+
     provider: Provider = "cpu"
     """What the model computes on; `load` sets it to "cuda" where that is so."""
 

@@ -1,19 +1,21 @@
 """The model repository: loads and warms the models, and holds the version that answers."""
 
 import asyncio
+import json
 import logging
 import resource
 import sys
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app import artifacts
 from app.artifacts import Artifact
-from app.batching import Collector, Limits
+from app.batching import Collector, Limits, Submission, outcomes_of
+from app.cache import ResponseCache, Stores
 from app.discovery import PredictorClass, discover
 from app.errors import (
     ModelNotFound,
@@ -24,11 +26,15 @@ from app.errors import (
     on_one_line,
 )
 from app.faults import failure
-from app.metrics import ModelMetrics
+from app.memory_store import MemoryStore
+from app.metrics import CacheMetrics, ModelMetrics, StoreMetrics
 from app.predictor import BaseFeatures, BasePredictor, ItemError, Provider
 from app.runner import INLINE_BELOW_S, Outcome, Runner, run
 from app.settings import Settings
 from app.waiting import BatchCost, FixedWindow, LearnedReturns
+
+if TYPE_CHECKING:
+    from app.redis_store import RedisStore
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,9 @@ class State(StrEnum):
 class ServedModel:
     """A predictor with the artifact version that answers for it."""
 
-    def __init__(self, name: str, predictor_class: PredictorClass, settings: Settings) -> None:
+    def __init__(
+        self, name: str, predictor_class: PredictorClass, settings: Settings, stores: Stores
+    ) -> None:
         self.name = name
         self.predictor_class = predictor_class
         self.state = State.LOADING
@@ -52,10 +60,17 @@ class ServedModel:
         self.metrics: ModelMetrics | None = None
         """From when it is loaded."""
 
+        self.cache: ResponseCache | None = None
+        """From when it is loaded, if answers may be given again."""
+
         self.on_lost: Callable[[str], None] = log.critical
         """Called when nothing that runs in this process can be expected to work any more."""
 
         self._settings = settings
+        self._stores = stores
+        self._sample: Outcome | None = None
+        """What the model says of its example."""
+
         self._runner = Runner(name, predictor_class, self._lose)
         self._provider: Provider | None = None
         self._collector: Collector[BaseFeatures, Outcome] | None = None
@@ -89,6 +104,7 @@ class ServedModel:
             self.state = State.FAILED
             raise
         self.artifact = artifact
+        self.cache = self._make_cache(artifact)
         self._provider = self._runner.predictor.provider
         self.state = State.READY
         log.info(
@@ -116,6 +132,32 @@ class ServedModel:
         self.metrics = ModelMetrics(self.name, version)
         self.metrics.max_rows.set(max_rows)
         return Collector(self._runner.run, limits, policy, self.metrics)
+
+    def _make_cache(self, artifact: Artifact) -> ResponseCache | None:
+        predictor, settings = self.predictor_class, self._settings
+        if not (settings.cache_enabled and predictor.cache):
+            return None
+        source = Path(sys.modules[predictor.__module__].__file__ or "")
+        types = (predictor.features, predictor.prediction)
+        identity = (
+            settings.service_title,
+            self.name,
+            artifact.version,
+            artifact.digest,
+            artifacts.sha256(source),
+            *(json.dumps(type_.model_json_schema(), sort_keys=True) for type_ in types),
+            # What rows are turned into depends on it.
+            sys.version,
+        )
+        ttl_s = predictor.cache_ttl_s or settings.cache_ttl_s
+        metrics = CacheMetrics(self.name, artifact.version)
+        cache = ResponseCache(identity, types, self._stores, ttl_s, metrics)
+        try:
+            cache.check(predictor.example, self._sample)
+        except (TypeError, ValueError) as error:
+            log.warning("%s: answers are not cached: %s", self.name, error)
+            return None
+        return cache
 
     async def _measure(self, max_rows: int) -> BatchCost:
         """Learn what batches take, and whether they may run on the event loop."""
@@ -171,6 +213,7 @@ class ServedModel:
                 outcome = run(predictor, [predictor.example] * size)[0]
                 if isinstance(outcome, ItemError):
                     raise PredictionFailed(outcome.reason)
+            self._sample = outcome
         except Exception as error:
             log.debug("%s: warm-up failed", self.name, exc_info=True)
             raise StartupError(
@@ -204,68 +247,83 @@ class ServedModel:
             raise NotReady(f"Model {self.name} is {self.state}.")
         return self._collector
 
-    def predict(
+    def submit(
         self,
         rows: Sequence[BaseFeatures],
         deadline: float,
         *,
         priority: int = 0,
         is_alone: bool = False,
-    ) -> Awaitable[Sequence[Outcome]]:
-        """The outcomes of `rows`, in order; they may share a batch with those of other callers.
+    ) -> Submission[Outcome]:
+        """Have `rows` scored; they may share a batch with those of other callers.
+
+        Raises:
+            NotReady, Overloaded: they were not taken.
+        """
+        collector = self._accepting()
+        if not self._has_shapes:
+            return collector.enqueue(rows, deadline, priority=priority, is_alone=is_alone)
+        numbers = self._numbers_by_shape(rows)
+        if len(numbers) == 1:
+            [key] = numbers
+            return collector.enqueue(rows, deadline, priority=priority, shape_key=key)
+        task = asyncio.create_task(_in_groups(collector, rows, numbers, deadline, priority))
+        return Submission(task, task.cancel)
+
+    async def predict(self, rows: Sequence[BaseFeatures], deadline: float) -> Sequence[Outcome]:
+        """The outcomes of `rows`, in order, past the cache.
 
         Raises:
             ServiceError: the model is not loaded, overloaded, late, or failed.
         """
-        collector = self._accepting()
-        if self._has_shapes:
-            return self._predict_by_shape(collector, rows, deadline, priority)
-        return collector.submit(rows, deadline, priority=priority, is_alone=is_alone)
+        return await outcomes_of(self.submit(rows, deadline))
 
-    async def _predict_by_shape(
-        self,
-        collector: Collector[BaseFeatures, Outcome],
-        rows: Sequence[BaseFeatures],
-        deadline: float,
-        priority: int,
-    ) -> Sequence[Outcome]:
+    def _numbers_by_shape(self, rows: Sequence[BaseFeatures]) -> dict[Hashable, list[int]]:
         numbers: dict[Hashable, list[int]] = {}
         try:
             for number, row in enumerate(rows):
                 numbers.setdefault(self._runner.predictor.shape_key(row), []).append(number)
         except Exception as error:
             raise failure(error, self._runner.predictor.provider) from error
-        if len(numbers) == 1:
-            [key] = numbers
-            return await collector.submit(rows, deadline, priority=priority, shape_key=key)
-        # All of them or none: the first that fails takes the others out of the queue.
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                by_shape = {
-                    key: tasks.create_task(
-                        collector.submit(
-                            [rows[number] for number in same],
-                            deadline,
-                            priority=priority,
-                            shape_key=key,
-                        )
-                    )
-                    for key, same in numbers.items()
-                }
-        except* ServiceError as errors:
-            raise errors.exceptions[0] from None
-        outcomes = {
-            number: outcome
-            for key, same in numbers.items()
-            for number, outcome in zip(same, by_shape[key].result(), strict=True)
-        }
-        return [outcomes[number] for number in range(len(rows))]
+        return numbers
 
     def close(self) -> None:
         """Fail what waits. A prediction that runs cannot be stopped."""
         if self._collector:
             self._collector.close()
         self._runner.close()
+
+
+async def _in_groups(
+    collector: Collector[BaseFeatures, Outcome],
+    rows: Sequence[BaseFeatures],
+    numbers: Mapping[Hashable, Sequence[int]],
+    deadline: float,
+    priority: int,
+) -> Sequence[Outcome]:
+    """The outcomes of `rows`, in order, of which those with one shape key are asked together."""
+    # All of them or none: the first that fails takes the others out of the queue.
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            by_shape = {
+                key: tasks.create_task(
+                    collector.submit(
+                        [rows[number] for number in same],
+                        deadline,
+                        priority=priority,
+                        shape_key=key,
+                    )
+                )
+                for key, same in numbers.items()
+            }
+    except* ServiceError as errors:
+        raise errors.exceptions[0] from None
+    outcomes = {
+        number: outcome
+        for key, same in numbers.items()
+        for number, outcome in zip(same, by_shape[key].result(), strict=True)
+    }
+    return [outcomes[number] for number in range(len(rows))]
 
 
 def what_prevents_batches(settings: Settings, max_rows: int) -> list[str]:
@@ -296,8 +354,10 @@ class ModelRepository:
 
     def __init__(self, settings: Settings) -> None:
         self._artifacts_dir = settings.artifacts_dir
+        self._redis = _redis(settings)
+        stores = Stores(MemoryStore(settings.cache_max_bytes), self._redis)
         self.models = {
-            name: ServedModel(name, predictor_class, settings)
+            name: ServedModel(name, predictor_class, settings, stores)
             for name, predictor_class in discover(settings.predictors_dir).items()
         }
         self.default = self._choose_default(settings)
@@ -331,6 +391,18 @@ class ModelRepository:
         """Load all models at the same time; the first failure is raised at once."""
         await asyncio.gather(*(model.load() for model in self.models.values()))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for model in self.models.values():
             model.close()
+        if self._redis:
+            await self._redis.close()
+
+
+def _redis(settings: Settings) -> "RedisStore | None":
+    if not (settings.cache_enabled and settings.redis_url):
+        return None
+    # Its client takes time and memory, and most services do without.
+    from app.redis_store import RedisStore  # noqa: PLC0415
+
+    url, timeout_s = settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000
+    return RedisStore(url, timeout_s, StoreMetrics())

@@ -5,8 +5,9 @@ Sources, the first one wins: the environment, `.env`, `[tool.service]` in pyproj
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -83,6 +84,22 @@ class Settings(BaseSettings):
     queue_max_rows: int = Field(default=10_000, ge=1)
     """Most rows that wait for one model; beyond it requests are answered with 429."""
 
+    cache_enabled: bool = True
+    """Whether equal rows are answered from the cache."""
+
+    cache_ttl_s: float = Field(default=300, gt=0, le=30 * 24 * 3600)
+    """Seconds for which a cached answer is given again."""
+
+    cache_max_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
+    """Most memory for cached answers, in each worker."""
+
+    redis_url: SecretStr | None = None
+    """Where replicas share cached answers: `redis://user:password@host:6379/0`, `rediss://` with
+    TLS, `unix://`. Redis or Valkey, one server: no Sentinel and no Cluster."""
+
+    redis_timeout_ms: float = Field(default=50, gt=0, le=10_000)
+    """Milliseconds after which a Redis that does not answer counts as a miss."""
+
     ready_cache_s: float = Field(default=5, ge=0, le=300)
     """Seconds for which the test prediction behind /ready is believed."""
 
@@ -108,6 +125,17 @@ class Settings(BaseSettings):
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise ValueError("each key is given as its SHA-256, 64 hexadecimal digits")
         return digests
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
+        parts = urlsplit(url.get_secret_value()) if url else None
+        if parts and parts.scheme not in ("redis", "rediss", "unix"):
+            raise ValueError(
+                "it has to begin with redis://, rediss:// or unix://; Sentinel and Cluster are "
+                "not supported: give the address of one server, or of a proxy before them"
+            )
+        return url
 
     @field_validator("device", "batch_policy", "log_level", "log_format", mode="before")
     @classmethod

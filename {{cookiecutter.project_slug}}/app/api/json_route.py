@@ -19,6 +19,7 @@ from pydantic_core import to_json
 from starlette.types import Receive
 
 from app.api.keys import ApiKeys
+from app.api.reply import RawHeaders
 from app.deadlines import Deadlines
 from app.errors import (
     BodyTimeout,
@@ -28,6 +29,7 @@ from app.errors import (
     invalid_fields,
     invalid_input,
 )
+from app.inference import CacheUse
 from app.metrics import RouteMetrics
 from app.protocol import Exchange
 from app.settings import Settings
@@ -67,6 +69,9 @@ class Call:
     """By `monotonic`. Zero until `JsonRoute.admit` has found nothing against the call."""
 
     priority: int = DEFAULT_PRIORITY
+    use: CacheUse = CacheUse.NORMAL
+    reply_headers: RawHeaders = ()
+    """Of the answer, beside those that every one has."""
 
     @property
     def is_alone(self) -> bool:
@@ -81,6 +86,10 @@ def _documented(
     priority: Annotated[
         str | None,
         Header(description="Which requests go first where many wait, by RFC 9218: `u=0` to `u=7`."),
+    ] = None,
+    cache_control: Annotated[
+        str | None,
+        Header(description="`no-cache`: ask the model anew; `no-store`: and keep nothing."),
     ] = None,
 ) -> None:
     """The headers that make up a call."""
@@ -173,6 +182,7 @@ class JsonRoute:
         if not call.deadline:
             self.admit(call)
         call.priority = _priority(call.headers)
+        call.use = _cache_use(call.headers)
         parse = self._parser(call.headers)
         # To look for the running loop takes a system call.
         task = asyncio.current_task(call.exchange.loop if call.exchange else None)
@@ -263,6 +273,17 @@ def _priority(headers: Headers) -> int:
     # What cannot be read is to be ignored (RFC 9218, section 4).
     found = PRIORITY.search(given) if given else None
     return int(found[1]) if found else DEFAULT_PRIORITY
+
+
+def _cache_use(headers: Headers) -> CacheUse:
+    """By the request's Cache-Control (RFC 9111, section 5.2.1)."""
+    given = headers.get(b"cache-control")
+    if given is None:
+        return CacheUse.NORMAL
+    directives = {directive.strip() for directive in given.lower().split(b",")}
+    if b"no-store" in directives:
+        return CacheUse.NONE
+    return CacheUse.REFRESH if b"no-cache" in directives else CacheUse.NORMAL
 
 
 def is_json(content_type: bytes) -> bool:

@@ -23,6 +23,7 @@ SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """What is taken over from a caller: nothing that could break a header or a log line."""
 
 MAX_LOGGED_PATH_CHARS = 200
+CLOSE = (b"connection", b"close")
 QUIET_PATHS = {"/health", "/startup", "/ready", "/metrics"}
 
 
@@ -126,7 +127,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 extra = [(b"x-request-id", call.request_id.encode())]
                 if self.lifecycle.is_ending:
-                    extra.append((b"connection", b"close"))
+                    extra.append(CLOSE)
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
@@ -153,7 +154,8 @@ class RequestContext:
         """Have `route` answer."""
         current_request_id.set(call.request_id)
         try:
-            reply = Reply(200, JSON, await route.answer(call, receive))
+            content = await route.answer(call, receive)
+            reply = Reply(200, JSON, content, call.reply_headers)
         except ClientLeft:
             self._note(scope, CLIENT_LEFT, call, route)
             return
@@ -168,7 +170,7 @@ class RequestContext:
         except Exception:
             log.exception("unhandled error")
             reply = problem_reply(unforeseen(), call.request_id)
-        may_stay_open = not self.lifecycle.is_ending and "Connection" not in reply.headers
+        may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
             await reply.send(self._in_context(call, send))
         self._note(scope, reply.status, call, route)

@@ -1,6 +1,6 @@
 """POST /v1/predict and /v1/predict/batch, and the same for each model by name."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
@@ -14,6 +14,7 @@ from app import inference
 from app.api.json_route import Call, CallParameter, Endpoint, JsonRoute
 from app.api.keys import ApiKeys
 from app.api.problems import problems
+from app.api.reply import RawHeaders
 from app.errors import FieldError, InvalidInput, invalid_fields
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from app.repository import ModelRepository, ServedModel
@@ -30,6 +31,12 @@ PROBLEMS = problems(
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
 )
+
+
+CACHE_HEADERS: dict[str | None, RawHeaders] = {
+    None: (),
+    **{status: ((b"x-cache", status.encode()),) for status in ("hit", "miss", "bypass")},
+}
 
 
 class PredictRequest(BaseModel):
@@ -118,9 +125,10 @@ def _single(model: ServedModel) -> Endpoint:
     example = {"features": predictor.example.model_dump(mode="json", by_alias=True)}
 
     async def predict(body: PredictRequest, call: CallParameter) -> dict[str, Any]:
-        answer = await ask(model, [body.features], call)
+        answer = await inference.predict(model, [body.features], call)
         if answer.errors:
             raise _refused(answer.errors, lambda _: "features")
+        call.reply_headers = _cache_headers(answer)
         return {**_envelope(call, model, answer), "prediction": answer.outcomes[0]}
 
     _declare_body(predict, request_type, example)
@@ -142,21 +150,14 @@ def _batch(model: ServedModel, max_instances: int) -> Endpoint:
     example = {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]}
 
     async def predict(body: BatchRequest, call: CallParameter) -> dict[str, Any]:
-        answer = await ask(model, body.instances, call)
+        answer = await inference.predict(model, body.instances, call)
         if answer.errors:
             raise _refused(answer.errors, lambda row: f"instances.{row}")
+        call.reply_headers = _cache_headers(answer)
         return {**_envelope(call, model, answer), "predictions": answer.outcomes}
 
     _declare_body(predict, request_type, example)
     return Endpoint(predict, request_type, response_type, f"Score rows with {model.name}")
-
-
-def ask(
-    model: ServedModel, rows: Sequence[BaseFeatures], call: Call
-) -> Awaitable[inference.Answer]:
-    return inference.predict(
-        model, rows, call.deadline, priority=call.priority, is_alone=call.is_alone
-    )
 
 
 def _declare_body(
@@ -168,6 +169,12 @@ def _declare_body(
 
 def _title(model: ServedModel) -> str:
     return "".join(word.capitalize() for word in model.name.split("_"))
+
+
+def _cache_headers(answer: inference.Answer) -> RawHeaders:
+    if answer.age_s is not None:
+        return (*CACHE_HEADERS["hit"], (b"age", b"%d" % answer.age_s))
+    return CACHE_HEADERS[answer.cache]
 
 
 def _envelope(call: Call, model: ServedModel, answer: inference.Answer) -> dict[str, Any]:

@@ -54,7 +54,10 @@ class LingeringResponse(Response):
 
 def problem_reply(error: ServiceError, request_id: str) -> Reply:
     content = to_json(problem(error, request_id), exclude_none=True)
-    return Reply(error.status.value, PROBLEM_MEDIA_TYPE.encode(), content, error.headers)
+    headers = tuple(
+        (name.lower().encode(), value.encode()) for name, value in error.headers.items()
+    )
+    return Reply(error.status.value, PROBLEM_MEDIA_TYPE.encode(), content, headers)
 
 
 def problem_response(error: ServiceError, request_id: str) -> Response:

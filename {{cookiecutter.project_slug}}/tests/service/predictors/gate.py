@@ -19,6 +19,7 @@ class Prediction(BasePrediction):
 
 class Predictor(BasePredictor[Features, Prediction]):
     example = Features(pipe="/dev/null")
+    cache = False
 
     def load(self, artifact_dir: Path, device: Device) -> None:
         self.seen = 0

@@ -1,0 +1,86 @@
+"""A row of features as bytes: equal rows give equal bytes, and different ones different bytes.
+
+What is turned into bytes are the validated values, not their JSON: that may leave fields out,
+hide secrets or round, and then two rows that differ would share an answer.
+"""
+
+import marshal
+from contextlib import suppress
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel
+
+FORMAT = 2
+"""Of marshal. Later ones tell whether two values are one object, which says nothing of a row."""
+
+AS_THEY_ARE = {bool, int, float, complex, str, bytes, type(None)}
+
+BY_REPRESENTATION = (date, time, timedelta, Decimal, UUID)
+"""Types of which it says all there is. That of a secret, for one, does not."""
+
+FLAT = frozenset(
+    {"model-fields", "model-field", "default", "nullable", "literal", "list"}
+    | {"float", "int", "str", "bool"}
+)
+"""Parts of a pydantic core schema for values that marshal can write, and always in one order."""
+
+
+class Canonical:
+    """Turns rows of one type into bytes."""
+
+    def __init__(self, row_type: type[BaseModel]) -> None:
+        schema: Any = row_type.__pydantic_core_schema__
+        self._is_flat = schema["type"] == "model" and _types_in(schema["schema"]) <= FLAT
+
+    def __call__(self, row: BaseModel) -> bytes:
+        """
+        Raises:
+            TypeError: the row holds something of which it is not known when two are equal.
+        """
+        values = list(row.__dict__.values())
+        if self._is_flat:
+            # A literal can be anything.
+            with suppress(ValueError):
+                return marshal.dumps(values, FORMAT)
+        return marshal.dumps(_plain(values), FORMAT)
+
+
+def _types_in(schema: Any) -> set[str]:
+    if isinstance(schema, dict):
+        # What is expected of a literal is data, and metadata is for the JSON schema.
+        parts = [value for key, value in schema.items() if key not in ("expected", "metadata")]
+        own = {schema["type"]} if isinstance(schema.get("type"), str) else set()
+        return own.union(*map(_types_in, parts))
+    return set().union(*map(_types_in, schema)) if isinstance(schema, list | tuple) else set()
+
+
+def _plain(value: Any) -> Any:
+    """The same in types that marshal knows."""
+    if type(value) in AS_THEY_ARE:
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # A tuple, which nothing else becomes.
+    return f"{type(value).__module__}.{type(value).__qualname__}", _content(value)
+
+
+def _content(value: Any) -> Any:
+    """What makes two values of one type equal; what has no order in one order."""
+    if isinstance(value, BaseModel):
+        return _plain(list(value.__dict__.values()))
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        items = [(_plain(key), _plain(item)) for key, item in value.items()]
+        return sorted(marshal.dumps(item, FORMAT) for item in items)
+    if isinstance(value, set | frozenset):
+        return sorted(marshal.dumps(_plain(item), FORMAT) for item in value)
+    if isinstance(value, BY_REPRESENTATION):
+        return repr(value)
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # of NumPy
+        return value.dtype.str, list(value.shape), value.tobytes()
+    raise TypeError(f"it is not known when two values of type {type(value).__name__} are equal")

