@@ -17,7 +17,7 @@ from functools import partial
 from itertools import chain
 from operator import itemgetter
 from time import monotonic
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from app.deadlines import Deadlines
 from app.errors import (
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 RowT = TypeVar("RowT")
 OutcomeT = TypeVar("OutcomeT")
+OutcomeT_contra = TypeVar("OutcomeT_contra", contravariant=True)
+
+Group = tuple[int, Hashable]
+"""Priority, the smaller one first, and shape key: only equal keys share a batch."""
 
 MAX_RERUNS = 16
 """Runs that may be spent on finding the request that makes a batch fail: enough for one among
@@ -73,26 +77,45 @@ class Limits:
         return max((size for size in self.allowed_sizes if size < self.padded(rows)), default=0)
 
 
+class Outlet(Protocol[OutcomeT_contra]):
+    """Where what came out goes: an `asyncio.Future`, or something that acts like one.
+
+    It gets either the outcomes, in order, or DeadlineExceeded, PredictionFailed or NotReady, or
+    is cancelled; it is left alone when it is done.
+    """
+
+    def done(self) -> bool: ...
+
+    def set_result(self, outcomes: Sequence[OutcomeT_contra], /) -> object: ...
+
+    def set_exception(self, error: Exception, /) -> object: ...
+
+    def cancel(self) -> object: ...
+
+
 @dataclass(eq=False, slots=True)
 class _Request(Generic[RowT, OutcomeT]):
     """Rows that one caller waits for. They may end up in several batches, in order."""
 
     rows: Sequence[RowT]
     deadline: float
-    group: tuple[int, Hashable]
-    """Priority, the smaller one first, and shape key: only equal keys share a batch."""
-
+    group: Group
     number: int
     """By order of arrival."""
 
     queued: float
-    future: asyncio.Future[Sequence[OutcomeT]]
+    outlet: Outlet[OutcomeT]
+    leave: "Callable[[_Request[RowT, OutcomeT]], None]"
     waiting: int
     """Rows that are in no batch yet."""
 
     answered: int = 0
     outcomes: dict[int, Sequence[OutcomeT]] | None = None
     """By the number of their first row; batches may end in another order than they began."""
+
+    def withdraw(self) -> None:
+        """Nobody waits any more: the answer is there, or is not wanted."""
+        self.leave(self)
 
 
 class _Part(NamedTuple, Generic[RowT, OutcomeT]):
@@ -116,24 +139,28 @@ class _Batch(Generic[RowT, OutcomeT]):
     was_too_large: bool = False
 
 
-class Submission(NamedTuple, Generic[OutcomeT]):
-    """Rows that were taken, and who waits for them."""
+class Ticket(Protocol[OutcomeT]):
+    """Of rows that were taken."""
 
-    future: asyncio.Future[Sequence[OutcomeT]]
-    """Of the outcomes, in order, or of DeadlineExceeded, PredictionFailed or NotReady."""
+    outlet: Outlet[OutcomeT]
+    """May be replaced by another while it is not done."""
 
-    withdraw: Callable[[], object]
-    """To be called by who does not wait any more, whether it has its answer or gives up."""
+    def withdraw(self) -> None:
+        """To be called by who does not wait any more, whether it has its answer or gives up."""
 
 
-async def outcomes_of(submission: Submission[OutcomeT]) -> Sequence[OutcomeT]:
-    """What `submission` comes to. A caller that is cancelled gives up its place."""
+async def outcomes_of(
+    enqueue: Callable[[Outlet[OutcomeT]], Ticket[OutcomeT]],
+) -> Sequence[OutcomeT]:
+    """What comes out for what `enqueue` has scored. Who is cancelled gives up its place."""
+    answer: asyncio.Future[Sequence[OutcomeT]] = asyncio.get_running_loop().create_future()
+    ticket = enqueue(answer)
     try:
-        return await submission.future
+        return await answer
     finally:
-        submission.withdraw()
+        ticket.withdraw()
         # An error knows this frame by its traceback; the frame must not know the error.
-        del submission
+        del ticket, answer
 
 
 class Collector(Generic[RowT, OutcomeT]):
@@ -165,7 +192,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self._context = Context()
         """For what is not done on behalf of the request that happened to come last."""
 
-        self._queues: dict[tuple[int, Hashable], OrderedDict[_Request[RowT, OutcomeT], None]] = {}
+        self._queues: dict[Group, OrderedDict[_Request[RowT, OutcomeT], None]] = {}
         self._accepted: Deadlines[_Request[RowT, OutcomeT]] = Deadlines(self._expire, clock)
         self._batches: set[_Batch[RowT, OutcomeT]] = set()
         self._wake: asyncio.Handle | None = None
@@ -217,12 +244,12 @@ class Collector(Generic[RowT, OutcomeT]):
         self,
         rows: Sequence[RowT],
         deadline: float,
+        outlet: Outlet[OutcomeT],
         *,
-        priority: int = 0,
-        shape_key: Hashable = None,
+        group: Group = (0, None),
         is_alone: bool = False,
-    ) -> "Submission[OutcomeT]":
-        """Take `rows`, which are waited for in the future that is returned.
+    ) -> Ticket[OutcomeT]:
+        """Have `rows` scored; what comes out goes to `outlet`, which may be at once.
 
         `is_alone` says that no other request comes in this turn of the event loop, so that there
         is no need to wait for the next one.
@@ -232,10 +259,10 @@ class Collector(Generic[RowT, OutcomeT]):
         """
         self.admit(len(rows), deadline)
         now = self._clock()
-        group = (priority, shape_key)
         self._count += 1
-        answer: asyncio.Future[Sequence[OutcomeT]] = self._loop.create_future()
-        request = _Request(rows, deadline, group, self._count, now, answer, len(rows))
+        request = _Request(
+            rows, deadline, group, self._count, now, outlet, self._withdraw, len(rows)
+        )
         is_idle = self.is_idle
         if is_idle:
             self._policy.found_idle(now)
@@ -244,7 +271,7 @@ class Collector(Generic[RowT, OutcomeT]):
             # Through the queue it would take half as long again as a small model does.
             request.waiting = 0
             self._start([_Part(request, 0, rows)], now)
-            if not answer.done():
+            if not outlet.done():
                 self._accepted.add(request, deadline)
         else:
             self._accepted.add(request, deadline)
@@ -253,25 +280,13 @@ class Collector(Generic[RowT, OutcomeT]):
             if self._batches:
                 self._metrics.waiting(self.rows_waiting)
             self._schedule()
-        return Submission(answer, partial(self._withdraw, request))
-
-    async def submit(
-        self, rows: Sequence[RowT], deadline: float, **options: Any
-    ) -> Sequence[OutcomeT]:
-        """The outcomes of `rows`, in order. A caller that is cancelled gives up its place.
-
-        Raises:
-            NotReady, Overloaded: see `admit`.
-            DeadlineExceeded: the deadline passed.
-            PredictionFailed: the model failed on these rows.
-        """
-        return await outcomes_of(self.enqueue(rows, deadline, **options))
+        return request
 
     def _withdraw(self, request: _Request[RowT, OutcomeT]) -> None:
         self._accepted.discard(request)
         if request.waiting:
             self._leave_queue(request)
-        request.future.cancel()
+        request.outlet.cancel()
 
     def _expire(self, request: _Request[RowT, OutcomeT]) -> None:
         if request.waiting:
@@ -397,7 +412,7 @@ class Collector(Generic[RowT, OutcomeT]):
         """The first that is to be run; those before it are taken out."""
         while queue:
             request = next(iter(queue))
-            if not request.future.done() and now < request.deadline:
+            if not request.outlet.done() and now < request.deadline:
                 return request
             self._expire(request)
         return None
@@ -415,7 +430,7 @@ class Collector(Generic[RowT, OutcomeT]):
     def _run_next(self, batch: _Batch[RowT, OutcomeT]) -> None:
         """Run what is left to run of `batch`, and free its slot when that is nothing."""
         while batch.to_run:
-            parts = [part for part in batch.to_run.pop() if not part.request.future.done()]
+            parts = [part for part in batch.to_run.pop() if not part.request.outlet.done()]
             if not parts:
                 continue
             started = self._clock()
@@ -516,17 +531,17 @@ class Collector(Generic[RowT, OutcomeT]):
         end = 0
         for request, first, rows in parts:
             begin, end = end, end + len(rows)
-            if request.future.done():
+            if request.outlet.done():
                 continue
             if len(rows) == len(request.rows):
-                request.future.set_result(outcomes[begin:end])
+                request.outlet.set_result(outcomes[begin:end])
                 continue
             request.outcomes = request.outcomes or {}
             request.outcomes[first] = outcomes[begin:end]
             request.answered += len(rows)
             if request.answered == len(request.rows):
                 in_order = (request.outcomes[first] for first in sorted(request.outcomes))
-                request.future.set_result(list(chain.from_iterable(in_order)))
+                request.outlet.set_result(list(chain.from_iterable(in_order)))
 
     def drain(self) -> None:
         """Take no more requests; those that were taken are still answered."""
@@ -564,5 +579,5 @@ def _fail(
 ) -> None:
     """Each caller gets an exception object of its own, as raising one changes it."""
     error.__cause__ = cause
-    if not request.future.done():
-        request.future.set_exception(error)
+    if not request.outlet.done():
+        request.outlet.set_exception(error)

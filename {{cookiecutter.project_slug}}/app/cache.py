@@ -7,29 +7,45 @@ predictions are kept, as JSON, and one that does not fit the schema when it is r
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import struct
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from time import time
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from app.batching import Submission, outcomes_of
+from app.batching import Outlet, Ticket, outcomes_of
 from app.canonical import Canonical
 from app.deadlines import Deadlines
 from app.errors import DeadlineExceeded, PredictionFailed
-from app.memory_store import Entry, MemoryStore
+from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
 
+FORMAT = 1
+HEAD = struct.Struct(">Bd")
+"""A value begins with its format and with when the model said it, in seconds since the epoch;
+the rest is the JSON of the prediction."""
+
 Key = bytes
 Outcome = BasePrediction | ItemError
-Submit = Callable[[Sequence[BaseFeatures]], Submission[Outcome]]
+Submit = Callable[[Sequence[BaseFeatures], Outlet[Outcome]], Ticket[Outcome]]
+Keys = tuple[Key, ...]
+Landing = asyncio.Future[Mapping[Key, Outcome]]
+
+
+class _Run(NamedTuple):
+    """What the model was asked for, and has not answered yet."""
+
+    keys: Keys
+    ticket: Ticket[Outcome]
 
 
 class Answered(NamedTuple):
@@ -40,25 +56,10 @@ class Answered(NamedTuple):
     """Of the oldest of them; None: the model was asked for some."""
 
 
-Landing = asyncio.Future[dict[Key, Outcome]]
-"""What came out for the rows of a flight. Empty if that is of no use to others."""
-
-
-@dataclass(eq=False, slots=True)
-class _Flight:
-    """Rows that the model is asked for, once, for all who want to know."""
-
-    keys: Sequence[Key]
-    submission: Submission[Outcome]
-    leader: Landing
-    """Of the one who asked; the others follow."""
-
-    waiting: set[Landing] = field(default_factory=set)
-
-
 class _Known(NamedTuple):
     prediction: BasePrediction
-    entry: Entry
+    said: float
+    """When, in seconds since the epoch."""
 
 
 class SharedStore(Protocol):
@@ -67,11 +68,11 @@ class SharedStore(Protocol):
     Nothing here fails, and only `get` takes time.
     """
 
-    async def get(self, names: Sequence[bytes]) -> Sequence[Entry | None]:
+    async def get(self, names: Sequence[bytes]) -> Sequence[bytes | None]:
         """What is there under `names`; None is also for what could not be found out."""
 
-    def put(self, name: bytes, entry: Entry, ttl_s: float) -> None:
-        """Have `entry` kept for `ttl_s`."""
+    def put(self, name: bytes, value: bytes, ttl_s: float) -> None:
+        """Have `value` kept for `ttl_s`."""
 
     def discard(self, name: bytes) -> None:
         """Have it forgotten."""
@@ -113,7 +114,7 @@ class ResponseCache:
         self._ttl_s = ttl_s
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._flights: dict[Key, _Flight] = {}
+        self._runs: dict[Key, _Run] = {}
         self._followers: Deadlines[Landing] = Deadlines(_expire)
 
     def check(self, row: BaseFeatures, prediction: Outcome | None) -> None:
@@ -124,8 +125,8 @@ class ResponseCache:
         """
         self.key(row)
         content = self._to_json(prediction, by_alias=True)
-        read = self._read(Entry(0, content))
-        if read is None or self._to_json(read, by_alias=True) != content:
+        read = self._read(HEAD.pack(FORMAT, time()) + content)
+        if read is None or self._to_json(read.prediction, by_alias=True) != content:
             raise ValueError("a Prediction cannot be read from its own JSON")
 
     def key(self, row: BaseFeatures) -> Key:
@@ -137,14 +138,14 @@ class ResponseCache:
         keyed.update(self._canonical(row))
         return keyed.digest()
 
-    async def answer(
+    def answer(
         self,
         rows: Sequence[BaseFeatures],
         submit: Submit,
         deadline: float,
         *,
         refresh: bool = False,
-    ) -> Answered:
+    ) -> Coroutine[Any, Any, Answered]:
         """What is known of `rows`, and for the others what the model says.
 
         Args:
@@ -156,169 +157,272 @@ class ResponseCache:
             ServiceError: the model did not take what it was asked for, or could not score it.
         """
         try:
-            keys = [self.key(row) for row in rows]
+            keys = tuple([self.key(row) for row in rows])
         except TypeError:
             # The example had nothing of the kind: an optional field, say.
-            return Answered(await outcomes_of(submit(rows)), None)
+            return _past_the_cache(rows, submit)
+        if len(keys) == 1:
+            return self._answer_one(keys, rows, submit, deadline, refresh)
+        return self._answer_many(keys, rows, submit, deadline, refresh)
+
+    async def _answer_one(
+        self,
+        keys: Keys,
+        rows: Sequence[BaseFeatures],
+        submit: Submit,
+        deadline: float,
+        refresh: bool,
+    ) -> Answered:
+        """What `_answer_many` does, in half the time."""
+        [key] = keys
+        if not refresh:
+            known = self._recall(key)
+            if known is None and self._shared:
+                known = (await self._recall_shared(self._shared, keys)).get(key)
+            if known:
+                return Answered([known.prediction], _age_s(known))
+        self.metrics.misses.inc()
+        outcomes: Sequence[Outcome] = ()
+        while not outcomes:
+            run = None if refresh else self._runs.get(key)
+            if run is None:
+                outcomes = await self._lead(keys, rows, submit)
+            else:
+                said = await self._follow(run, deadline)
+                outcomes = [said[key]] if said else ()
+        return Answered(outcomes, None)
+
+    async def _answer_many(
+        self,
+        keys: Keys,
+        rows: Sequence[BaseFeatures],
+        submit: Submit,
+        deadline: float,
+        refresh: bool,
+    ) -> Answered:
         row_of = dict(zip(keys, rows, strict=True))
         known: dict[Key, _Known] = {}
         if not refresh:
-            self._recall(row_of, known)
+            known = {key: found for key in row_of if (found := self._recall(key))}
             if self._shared and len(known) < len(row_of):
-                await self._recall_shared(self._shared, row_of, known)
-            self.metrics.misses.inc(len(row_of) - len(known))
-        outcomes: dict[Key, Outcome] = {key: prediction for key, (prediction, _) in known.items()}
-        missing = [key for key in row_of if key not in outcomes]
-        age_s = None if missing else _age_s(known.values())
-        while missing:
-            asked = {key: row_of[key] for key in missing}
-            outcomes |= await self._ask(asked, submit, deadline, join=not refresh)
-            missing = [key for key in missing if key not in outcomes]
-        return Answered([outcomes[key] for key in keys], age_s)
+                unknown = [key for key in row_of if key not in known]
+                known |= await self._recall_shared(self._shared, unknown)
+            if len(known) == len(row_of):
+                oldest = min(known.values(), key=attrgetter("said"))
+                return Answered([known[key].prediction for key in keys], _age_s(oldest))
+        said: dict[Key, Outcome] = {key: found.prediction for key, found in known.items()}
+        self.metrics.misses.inc(len(row_of) - len(said))
+        while missing := [key for key in row_of if key not in said]:
+            runs = {self._runs[key] for key in missing if key in self._runs and not refresh}
+            under_way = {key for run in runs for key in run.keys}
+            to_lead = tuple(key for key in missing if key not in under_way)
+            joined = [(run, self._join(run, deadline)) for run in runs]
+            try:
+                if to_lead:
+                    outcomes = await self._lead(to_lead, [row_of[key] for key in to_lead], submit)
+                    said |= dict(zip(to_lead, outcomes, strict=True))
+                # An error knows this frame by its traceback; the frame must not know the error.
+                for number in range(len(joined)):
+                    said |= await joined[number][1]
+            finally:
+                while joined:
+                    self._part(*joined.pop())
+        return Answered([said[key] for key in keys], None)
 
-    def _recall(self, keys: Iterable[Key], known: dict[Key, _Known]) -> None:
-        """Add to `known` what is in memory."""
-        before = len(known)
-        for key in keys:
-            entry = None if key in known else self._memory.get(key)
-            if entry is None:
-                continue
-            if prediction := self._read(entry):
-                known[key] = _Known(prediction, entry)
+    async def _lead(
+        self, keys: Keys, rows: Sequence[BaseFeatures], submit: Submit
+    ) -> Sequence[Outcome]:
+        """What the model says of `rows`, and of `keys` to all who follow."""
+        answer: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
+        run = _Run(keys, submit(rows, answer))
+        if not answer.done():
+            for key in keys:
+                self._runs[key] = run
+        try:
+            outcomes = await answer
+            if run.ticket.outlet is answer:
+                self.keep(keys, outcomes)
+            return outcomes
+        finally:
+            if run.ticket.outlet is answer:
+                run.ticket.withdraw()
+                self.forget(run)
             else:
-                self._memory.discard(key)
-        self.metrics.hits("memory").inc(len(known) - before)
+                self._part(run, answer)
+            # An error knows this frame by its traceback; the frame must not know the error.
+            del run, answer
+
+    async def _follow(self, run: _Run, deadline: float) -> Mapping[Key, Outcome]:
+        """What `run` comes to; nothing, if that is of no use to others."""
+        landing = self._join(run, deadline)
+        try:
+            return await landing
+        finally:
+            self._part(run, landing)
+            del landing
+
+    def _join(self, run: _Run, deadline: float) -> Landing:
+        """A future of what `_follow` gives."""
+        landing: Landing = self._loop.create_future()
+        outlet = run.ticket.outlet
+        if isinstance(outlet, asyncio.Future) and outlet.done():
+            # The one who leads has not woken up yet.
+            if outlet.cancelled() or outlet.exception():
+                self.forget(run)
+                landing.set_result({})
+            else:
+                landing.set_result(dict(zip(run.keys, outlet.result(), strict=True)))
+            return landing
+        if not isinstance(outlet, _Flight):
+            outlet = run.ticket.outlet = _Flight(self, run, outlet)
+        outlet.waiting.add(landing)
+        self.metrics.followers.inc()
+        self._followers.add(landing, deadline)
+        return landing
+
+    def _part(self, run: _Run, waiter: asyncio.Future[Any]) -> None:
+        """Who waits for `waiter` has its answer, or gives up."""
+        self._followers.discard(waiter)
+        if not waiter.cancel() and not waiter.cancelled():
+            # Another error may have come first; nobody has to hear of both.
+            waiter.exception()
+        if isinstance(run.ticket.outlet, _Flight):
+            run.ticket.outlet.leave(waiter)
+
+    def forget(self, run: _Run) -> None:
+        """Nobody can follow it any more."""
+        for key in run.keys:
+            if self._runs.get(key) is run:
+                del self._runs[key]
+
+    def _recall(self, key: Key) -> _Known | None:
+        """What is in memory."""
+        value = self._memory.get(key)
+        if value is None:
+            return None
+        if known := self._read(value):
+            self.metrics.memory_hits.inc()
+        else:
+            self._memory.discard(key)
+        return known
 
     async def _recall_shared(
-        self, shared: SharedStore, keys: Iterable[Key], known: dict[Key, _Known]
-    ) -> None:
-        missing = [key for key in keys if key not in known]
-        names = [self._name(key) for key in missing]
-        entries = await shared.get(names)
-        # The model may have said it meanwhile.
-        self._recall(missing, known)
-        now = time()
-        hits = 0
-        for key, name, entry in zip(missing, names, entries, strict=True):
-            if entry is None or key in known:
+        self, shared: SharedStore, keys: Sequence[Key]
+    ) -> Mapping[Key, _Known]:
+        """What is in `shared`, or has come into memory meanwhile."""
+        names = [self._name(key) for key in keys]
+        known: dict[Key, _Known] = {}
+        for key, name, value in zip(keys, names, await shared.get(names), strict=True):
+            if found := self._recall(key):
+                known[key] = found
+            elif value is None:
                 continue
-            left_s = self._ttl_s - (now - entry.stored)
-            prediction = self._read(entry)
-            if prediction is None:
+            elif found := self._read(value):
+                known[key] = found
+                self._memory.put(key, value)
+                self.metrics.redis_hits.inc()
+            else:
                 shared.discard(name)
-            elif left_s > 0:
-                known[key] = _Known(prediction, entry)
-                self._memory.put(key, entry, min(left_s, self._ttl_s))
-                hits += 1
-        self.metrics.hits("redis").inc(hits)
+        return known
 
     def _name(self, key: Key) -> bytes:
         return self._prefix + key.hex().encode()
 
-    def _read(self, entry: Entry) -> BasePrediction | None:
+    def _read(self, value: bytes) -> _Known | None:
+        """What `value` says, unless it is too old, or not of this schema."""
         try:
-            prediction: BasePrediction = self._from_json(entry.content)
-        except ValidationError:
-            self.metrics.invalid.inc()
-            return None
-        return prediction
+            version, said = HEAD.unpack_from(value)
+            if version == FORMAT:
+                if time() - said >= self._ttl_s:
+                    return None
+                return _Known(self._from_json(value[HEAD.size :]), said)
+        except (struct.error, ValidationError):
+            pass
+        self.metrics.invalid.inc()
+        return None
 
-    def _keep(self, outcomes: Mapping[Key, Outcome]) -> None:
+    def keep(self, keys: Keys, outcomes: Sequence[Outcome]) -> None:
+        """Keep those of `outcomes` that are predictions."""
         now = time()
-        for key, outcome in outcomes.items():
+        for key, outcome in zip(keys, outcomes, strict=True):
             if isinstance(outcome, ItemError):
                 continue
             try:
-                content = self._to_json(outcome, by_alias=True)
+                value = HEAD.pack(FORMAT, now) + self._to_json(outcome, by_alias=True)
             except PydanticSerializationError:
                 continue
-            entry = Entry(now, content)
-            self._memory.put(key, entry, self._ttl_s)
+            self._memory.put(key, value)
             if self._shared:
-                self._shared.put(self._name(key), entry, self._ttl_s)
-        self.metrics.bytes_held.set(self._memory.bytes_held)
+                self._shared.put(self._name(key), value, self._ttl_s)
+        self.metrics.show_bytes(self._memory.bytes_held)
 
-    async def _ask(
-        self,
-        row_of: Mapping[Key, BaseFeatures],
-        submit: Submit,
-        deadline: float,
-        *,
-        join: bool,
-    ) -> dict[Key, Outcome]:
-        """Outcomes of `row_of`: all but those that another caller asked for in vain."""
-        joined = {self._flights[key] for key in row_of if key in self._flights} if join else set()
-        known = {key for flight in joined for key in flight.keys}
-        waited_for: list[tuple[_Flight, Landing]] = []
-        if to_lead := {key: row for key, row in row_of.items() if key not in known}:
-            flight = self._take_off(to_lead, submit)
-            waited_for.append((flight, flight.leader))
-        for flight in joined:
-            self.metrics.followers.inc()
-            landing: Landing = self._loop.create_future()
-            flight.waiting.add(landing)
-            self._followers.add(landing, deadline)
-            waited_for.append((flight, landing))
-        outcomes: dict[Key, Outcome] = {}
-        try:
-            for _, landing in waited_for:
-                outcomes |= await landing
-        finally:
-            for flight, landing in waited_for:
-                self._leave(flight, landing)
-            # An error knows this frame by its traceback; the frame must not know the error.
-            del waited_for, flight, landing
-        return outcomes
 
-    def _take_off(self, row_of: Mapping[Key, BaseFeatures], submit: Submit) -> _Flight:
-        submission = submit(list(row_of.values()))
-        leader: Landing = self._loop.create_future()
-        flight = _Flight(list(row_of), submission, leader, {leader})
-        if submission.future.done():
-            self._land(flight, submission.future)
-        else:
-            for key in flight.keys:
-                self._flights[key] = flight
-            submission.future.add_done_callback(partial(self._land, flight))
-        return flight
+class _Flight:
+    """The outlet of a run that somebody follows, in place of the future of who leads.
 
-    def _land(self, flight: _Flight, future: asyncio.Future[Sequence[Outcome]]) -> None:
-        for key in flight.keys:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
-        flight.submission.withdraw()
-        # Nobody was left, or so it seemed: who has joined since asks again.
-        error = None if future.cancelled() else future.exception()
-        outcomes: dict[Key, Outcome] = {}
-        if not error and not future.cancelled():
-            outcomes = dict(zip(flight.keys, future.result(), strict=True))
-            self._keep(outcomes)
-        for landing in flight.waiting:
+    Each waits for a future of its own, so that any of them can leave; when all have, the model
+    is spared.
+    """
+
+    def __init__(self, cache: ResponseCache, run: _Run, leader: Outlet[Outcome]) -> None:
+        self.waiting: set[Landing] = set()
+        """The futures of those who follow."""
+
+        self._cache = cache
+        self._run = run
+        self._leader = leader
+        self._is_done = False
+
+    def leave(self, waiter: asyncio.Future[Any]) -> None:
+        """It is done."""
+        self.waiting.discard(waiter)
+        if self._leader.done() and not self.waiting:
+            self._run.ticket.withdraw()
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def set_result(self, outcomes: Sequence[Outcome]) -> None:
+        self._end()
+        self._cache.keep(self._run.keys, outcomes)
+        if not self._leader.done():
+            self._leader.set_result(outcomes)
+        said = dict(zip(self._run.keys, outcomes, strict=True))
+        for landing in self.waiting:
+            if not landing.done():
+                landing.set_result(said)
+
+    def set_exception(self, error: Exception) -> None:
+        self._end()
+        if not self._leader.done():
+            self._leader.set_exception(error)
+        for landing in self.waiting:
             if landing.done():
                 continue
-            if error and landing is flight.leader:
-                landing.set_exception(error)
-            elif isinstance(error, PredictionFailed):
+            if isinstance(error, PredictionFailed):
                 # Of the same row they would see the same.
                 landing.set_exception(PredictionFailed(error.detail))
             else:
-                # That the leader was too late, say, is not true of everybody.
-                landing.set_result(outcomes)
+                # That who led was too late, say, is not true of everybody: they ask again.
+                landing.set_result({})
 
-    def _leave(self, flight: _Flight, landing: Landing) -> None:
-        """Who waited has its answer, or gives up."""
-        self._followers.discard(landing)
-        flight.waiting.discard(landing)
-        if not flight.waiting and not flight.submission.future.done():
-            flight.submission.withdraw()
-        if not landing.cancel() and not landing.cancelled():
-            # Another error may have come first; nobody has to hear of both.
-            landing.exception()
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        if not self._is_done:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_done = True
+        self._cache.forget(self._run)
 
 
-def _age_s(known: Iterable[_Known]) -> float:
+async def _past_the_cache(rows: Sequence[BaseFeatures], submit: Submit) -> Answered:
+    return Answered(await outcomes_of(partial(submit, rows)), None)
+
+
+def _age_s(known: _Known) -> float:
     # The clocks of two machines may differ.
-    return max(0.0, time() - min(entry.stored for _, entry in known))
+    return max(0.0, time() - known.said)
 
 
 def _expire(landing: Landing) -> None:

@@ -5,7 +5,6 @@ hide secrets or round, and then two rows that differ would share an answer.
 """
 
 import marshal
-from contextlib import suppress
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -43,9 +42,10 @@ class Canonical:
         """
         values = list(row.__dict__.values())
         if self._is_flat:
-            # A literal can be anything.
-            with suppress(ValueError):
+            try:
                 return marshal.dumps(values, FORMAT)
+            except ValueError:
+                pass  # A literal can be anything.
         return marshal.dumps(_plain(values), FORMAT)
 
 

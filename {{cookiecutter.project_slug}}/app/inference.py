@@ -7,11 +7,12 @@ from enum import Enum
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
-from app.batching import outcomes_of
+from app import metrics
+from app.batching import Outlet, Ticket, outcomes_of
 from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed, ServiceError
-from app.metrics import Outcome
-from app.predictor import BaseFeatures, BasePrediction, ItemError
+from app.predictor import BaseFeatures, ItemError
 from app.repository import ServedModel
+from app.runner import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Answer(NamedTuple):
     """What a model said, and which version said it."""
 
     version: str
-    outcomes: Sequence[BasePrediction | ItemError]
+    outcomes: Sequence[Outcome]
     """One for each row, in order."""
 
     errors: dict[int, ItemError]
@@ -84,15 +85,17 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     Raises:
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
-    deadline, use, cache = terms.deadline, terms.use, model.cache
-    submit = partial(
-        model.submit, deadline=deadline, priority=terms.priority, is_alone=terms.is_alone
-    )
+    deadline, priority, is_alone = terms.deadline, terms.priority, terms.is_alone
+
+    def submit(rows: Sequence[BaseFeatures], outlet: Outlet[Outcome]) -> Ticket[Outcome]:
+        return model.submit(rows, deadline, outlet, priority=priority, is_alone=is_alone)
+
+    cache, use = model.cache, terms.use
     is_normal = use is CacheUse.NORMAL
     age_s = None
     try:
         if cache is None or use is CacheUse.NONE:
-            outcomes = await outcomes_of(submit(rows))
+            outcomes = await outcomes_of(partial(submit, rows))
         else:
             outcomes, age_s = await cache.answer(rows, submit, deadline, refresh=not is_normal)
     except (ServiceError, asyncio.CancelledError) as error:
@@ -114,7 +117,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
 
 
 def _count(model: ServedModel, error: BaseException) -> None:
-    outcomes: dict[type[BaseException], Outcome] = {
+    outcomes: dict[type[BaseException], metrics.Outcome] = {
         asyncio.CancelledError: "cancelled",
         DeadlineExceeded: "expired",
         Overloaded: "rejected",

@@ -5,9 +5,11 @@ import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
+from app.batching import outcomes_of
 from app.errors import ServiceError, StartupError
 from app.predictor import ItemError
 from app.repository import ModelRepository, ServedModel
@@ -175,7 +177,8 @@ class Lifecycle:
         try:
             # It is only given up when the service stops: it is the time it takes that counts.
             deadline = float("inf")
-            outcome = (await model.predict([model.predictor_class.example], deadline))[0]
+            ask = partial(model.submit, [model.predictor_class.example], deadline)
+            [outcome] = await outcomes_of(ask)
             test.fault = outcome.reason if isinstance(outcome, ItemError) else None
         except ServiceError as error:
             test.fault = error.detail

@@ -51,7 +51,6 @@ _cache_invalid = Counter(
 )
 _cache_bytes = Gauge("cache_bytes", "What the cache in memory holds.", multiprocess_mode="livesum")
 
-_redis_invalid = Counter("cache_redis_invalid_total", "Values in Redis that are none of ours.")
 _redis_dropped = Counter("cache_redis_dropped_total", "Answers that were not written to Redis.")
 _redis_failures = Counter("cache_redis_failures_total", "Exchanges with Redis that failed.")
 _redis_lookups = Histogram(
@@ -107,19 +106,25 @@ class CacheMetrics:
 
     def __init__(self, model: str, version: str) -> None:
         self.model, self.version = model, version
-        self.hits = cache(lambda tier: _cache_hits.labels(model, version, tier))
+        self.memory_hits = _cache_hits.labels(model, version, "memory")
+        self.redis_hits = _cache_hits.labels(model, version, "redis")
         self.misses = _cache_misses.labels(model, version)
         self.bypasses = _cache_bypasses.labels(model, version)
         self.followers = _cache_followers.labels(model, version)
         self.invalid = _cache_invalid.labels(model, version)
-        self.bytes_held = _cache_bytes
+        self._shown_bytes = 0
+
+    def show_bytes(self, held: int) -> None:
+        """The cache in memory holds so many, within a hundredth."""
+        if abs(held - self._shown_bytes) * 100 > held:
+            self._shown_bytes = held
+            _cache_bytes.set(held)
 
 
 class StoreMetrics:
     """The metrics of the exchange with Redis."""
 
     def __init__(self) -> None:
-        self.invalid = _redis_invalid
         self.dropped = _redis_dropped
         self.failures = _redis_failures
         self.lookup_seconds = _redis_lookups

@@ -8,7 +8,6 @@ for each would take longer than a small model does.
 
 import asyncio
 import logging
-import struct
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any, Literal
@@ -19,15 +18,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app.breaker import Breaker, State
-from app.memory_store import Entry
 from app.metrics import StoreMetrics
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
-"""Of the values: this byte, when the answer was given, and its JSON."""
-
-HEAD = struct.Struct(">Bd")
 
 MAX_KEYS = 512
 """Keys in one command."""
@@ -61,7 +54,7 @@ class RedisStore:
         self._reading = Breaker(lambda state: self._note("lookups", state))
         self._writing = Breaker(lambda state: self._note("writes", state))
         self._fault = ""
-        self._wanted: dict[Name, list[asyncio.Future[Entry | None]]] = {}
+        self._wanted: dict[Name, list[asyncio.Future[bytes | None]]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._unwritten: dict[Name, tuple[bytes, float] | None] = {}
         """Value and seconds to live; None: it is to be deleted."""
@@ -69,22 +62,22 @@ class RedisStore:
         self._unwritten_bytes = 0
         self._writer: asyncio.Task[None] | None = None
 
-    async def get(self, names: Sequence[Name]) -> list[Entry | None]:
+    async def get(self, names: Sequence[Name]) -> list[bytes | None]:
         """What is there; None is also for what could not be found out."""
         if not self._reading.allows():
             return [None] * len(names)
         loop = asyncio.get_running_loop()
         futures = []
         for name in names:
-            future: asyncio.Future[Entry | None] = loop.create_future()
+            future: asyncio.Future[bytes | None] = loop.create_future()
             self._wanted.setdefault(name, []).append(future)
             futures.append(future)
         self._reader = self._reader or loop.create_task(self._read())
         return [await future for future in futures]
 
-    def put(self, name: Name, entry: Entry, ttl_s: float) -> None:
-        """Have `entry` written."""
-        self._write_later(name, (HEAD.pack(FORMAT, entry.stored) + entry.content, ttl_s))
+    def put(self, name: Name, value: bytes, ttl_s: float) -> None:
+        """Have `value` written."""
+        self._write_later(name, (value, ttl_s))
 
     def discard(self, name: Name) -> None:
         """Have it deleted."""
@@ -97,14 +90,14 @@ class RedisStore:
 
     async def _read(self) -> None:
         """Look up all that is wanted, until nothing is."""
-        wanted: dict[Name, list[asyncio.Future[Entry | None]]] = {}
+        wanted: dict[Name, list[asyncio.Future[bytes | None]]] = {}
         try:
             while self._wanted:
                 names = list(self._wanted)[:MAX_KEYS]
                 wanted = {name: self._wanted.pop(name) for name in names}
-                entries = await self._look_up(names)
-                for futures, entry in zip(wanted.values(), entries, strict=True):
-                    _resolve(futures, entry)
+                values = await self._look_up(names)
+                for futures, value in zip(wanted.values(), values, strict=True):
+                    _resolve(futures, value)
                 if self._reading.state is not State.CLOSED:
                     return
         finally:
@@ -113,28 +106,18 @@ class RedisStore:
                 _resolve(futures, None)
             self._wanted.clear()
 
-    async def _look_up(self, names: Sequence[Name]) -> list[Entry | None]:
+    async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
-                values = await self._redis.mget(names)
+                values: Any = await self._redis.mget(names)
         except FAULTS as error:
             self._failed(self._reading, error)
             return [None] * len(names)
         self._reading.worked()
         self._metrics.lookup_seconds.observe(perf_counter() - started)
-        return [self._decode(name, value) for name, value in zip(names, values, strict=True)]
-
-    def _decode(self, name: Name, value: Any) -> Entry | None:
-        if value is None:
-            return None
-        if len(value) > HEAD.size:
-            version, stored = HEAD.unpack_from(value)
-            if version == FORMAT:
-                return Entry(stored, value[HEAD.size :])
-        self._metrics.invalid.inc()
-        self.discard(name)
-        return None
+        found: list[bytes | None] = values
+        return found
 
     def _write_later(self, name: Name, write: tuple[bytes, float] | None) -> None:
         size = len(write[0]) if write else 0
@@ -198,7 +181,7 @@ class RedisStore:
             log.info("Redis is in use again", extra={"what": what})
 
 
-def _resolve(futures: Sequence[asyncio.Future[Entry | None]], entry: Entry | None) -> None:
+def _resolve(futures: Sequence[asyncio.Future[bytes | None]], value: bytes | None) -> None:
     for future in futures:
         if not future.done():
-            future.set_result(entry)
+            future.set_result(value)

@@ -5,7 +5,7 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import artifacts
 from app.artifacts import Artifact
-from app.batching import Collector, Limits, Submission, outcomes_of
+from app.batching import Collector, Limits, Outlet, Ticket
 from app.cache import ResponseCache, Stores
 from app.discovery import PredictorClass, discover
 from app.errors import (
@@ -251,32 +251,36 @@ class ServedModel:
         self,
         rows: Sequence[BaseFeatures],
         deadline: float,
+        outlet: Outlet[Outcome],
         *,
         priority: int = 0,
         is_alone: bool = False,
-    ) -> Submission[Outcome]:
+    ) -> Ticket[Outcome]:
         """Have `rows` scored; they may share a batch with those of other callers.
 
         Raises:
             NotReady, Overloaded: they were not taken.
+            PredictionFailed: the predictor cannot tell the shape of a row.
         """
         collector = self._accepting()
         if not self._has_shapes:
-            return collector.enqueue(rows, deadline, priority=priority, is_alone=is_alone)
+            group = (priority, None)
+            return collector.enqueue(rows, deadline, outlet, group=group, is_alone=is_alone)
         numbers = self._numbers_by_shape(rows)
         if len(numbers) == 1:
-            [key] = numbers
-            return collector.enqueue(rows, deadline, priority=priority, shape_key=key)
-        task = asyncio.create_task(_in_groups(collector, rows, numbers, deadline, priority))
-        return Submission(task, task.cancel)
-
-    async def predict(self, rows: Sequence[BaseFeatures], deadline: float) -> Sequence[Outcome]:
-        """The outcomes of `rows`, in order, past the cache.
-
-        Raises:
-            ServiceError: the model is not loaded, overloaded, late, or failed.
-        """
-        return await outcomes_of(self.submit(rows, deadline))
+            [shape] = numbers
+            return collector.enqueue(rows, deadline, outlet, group=(priority, shape))
+        whole = _Whole(outlet, len(rows))
+        try:
+            for shape, same in numbers.items():
+                part, some = _Part(whole, same), [rows[number] for number in same]
+                whole.tickets.append(
+                    collector.enqueue(some, deadline, part, group=(priority, shape))
+                )
+        except ServiceError:
+            whole.withdraw()
+            raise
+        return whole
 
     def _numbers_by_shape(self, rows: Sequence[BaseFeatures]) -> dict[Hashable, list[int]]:
         numbers: dict[Hashable, list[int]] = {}
@@ -294,36 +298,48 @@ class ServedModel:
         self._runner.close()
 
 
-async def _in_groups(
-    collector: Collector[BaseFeatures, Outcome],
-    rows: Sequence[BaseFeatures],
-    numbers: Mapping[Hashable, Sequence[int]],
-    deadline: float,
-    priority: int,
-) -> Sequence[Outcome]:
-    """The outcomes of `rows`, in order, of which those with one shape key are asked together."""
-    # All of them or none: the first that fails takes the others out of the queue.
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            by_shape = {
-                key: tasks.create_task(
-                    collector.submit(
-                        [rows[number] for number in same],
-                        deadline,
-                        priority=priority,
-                        shape_key=key,
-                    )
-                )
-                for key, same in numbers.items()
-            }
-    except* ServiceError as errors:
-        raise errors.exceptions[0] from None
-    outcomes = {
-        number: outcome
-        for key, same in numbers.items()
-        for number, outcome in zip(same, by_shape[key].result(), strict=True)
-    }
-    return [outcomes[number] for number in range(len(rows))]
+class _Whole:
+    """Rows that are asked for in parts, by their shapes, and answered together or not at all."""
+
+    def __init__(self, outlet: Outlet[Outcome], rows: int) -> None:
+        self.outlet = outlet
+        self.outcomes: list[Any] = [None] * rows
+        self.missing = rows
+        self.tickets: list[Ticket[Outcome]] = []
+
+    def withdraw(self) -> None:
+        for ticket in self.tickets:
+            ticket.withdraw()
+        self.outlet.cancel()
+
+
+class _Part:
+    """The outlet of one of the parts."""
+
+    def __init__(self, whole: _Whole, numbers: Sequence[int]) -> None:
+        self._whole = whole
+        self._numbers = numbers
+        self._is_done = False
+
+    def done(self) -> bool:
+        # Where one part has failed, nobody waits for the others.
+        return self._is_done or self._whole.outlet.done()
+
+    def set_result(self, outcomes: Sequence[Outcome]) -> None:
+        self._is_done = True
+        whole = self._whole
+        for number, outcome in zip(self._numbers, outcomes, strict=True):
+            whole.outcomes[number] = outcome
+        whole.missing -= len(outcomes)
+        if not whole.missing:
+            whole.outlet.set_result(whole.outcomes)
+
+    def set_exception(self, error: Exception) -> None:
+        self._is_done = True
+        self._whole.outlet.set_exception(error)
+
+    def cancel(self) -> None:
+        self._is_done = True
 
 
 def what_prevents_batches(settings: Settings, max_rows: int) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.batching import MAX_RERUNS, Collector, Limits
+from app.batching import MAX_RERUNS, Collector, Limits, outcomes_of
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
 from app.waiting import BatchCost, FixedWindow, LearnedReturns, WaitPolicy
@@ -90,10 +90,17 @@ def collector(model: Run, **limits: Any) -> Any:
     )
 
 
-def submit(collector: Any, *rows: Any, **options: Any) -> "asyncio.Task[list[Any]]":
-    options = {"deadline": FAR} | options
-    deadline = options.pop("deadline")
-    return asyncio.create_task(collector.submit(list(rows), deadline, **options))
+async def ask(
+    collector: Any, rows: Sequence[Any], deadline: float, **options: Any
+) -> Sequence[Any]:
+    options["group"] = (options.pop("priority", 0), options.pop("shape_key", None))
+    return await outcomes_of(lambda outlet: collector.enqueue(rows, deadline, outlet, **options))
+
+
+def submit(
+    collector: Any, *rows: Any, deadline: float = FAR, **options: Any
+) -> "asyncio.Task[Sequence[Any]]":
+    return asyncio.create_task(ask(collector, list(rows), deadline, **options))
 
 
 async def settle() -> None:
@@ -416,7 +423,7 @@ class TestOverload:
             requests += [submit(collecting, *"bcde") for _ in range(2)]
             await settle()
             with pytest.raises(Overloaded) as caught:
-                await collecting.submit(["f"], FAR)
+                await ask(collecting, ["f"], FAR)
             # One batch runs and two wait, of ten seconds each.
             assert caught.value.headers == {"Retry-After": "30"}
             await asyncio.gather(*requests)
@@ -431,7 +438,7 @@ class TestOverload:
             requests = [submit(collecting, "a")]
             await settle()
             with pytest.raises(Overloaded):
-                await collecting.submit(["b"], loop.time() + 15)
+                await ask(collecting, ["b"], loop.time() + 15)
             requests.append(submit(collecting, "c", deadline=loop.time() + 21))
             await asyncio.gather(*requests)
 
@@ -502,7 +509,7 @@ def test_a_failure_leaves_nothing_for_the_garbage_collector() -> None:
 
         async def fail() -> None:
             try:
-                await collecting.submit(["poison"], FAR)
+                await ask(collecting, ["poison"], FAR)
             except PredictionFailed:
                 return
 
@@ -522,7 +529,7 @@ class TestStopping:
             await settle()
             collecting.drain()
             with pytest.raises(NotReady):
-                await collecting.submit(["g"], FAR)
+                await ask(collecting, ["g"], FAR)
             assert len(await asyncio.gather(*requests)) == 6
 
         run(test())
@@ -557,7 +564,7 @@ class TestWaiting:
             while loop.time() < start + 20:
                 await asyncio.sleep(chance.uniform(0.0001, 0.001))
                 began = loop.time()
-                await collecting.submit(["x"], FAR)
+                await ask(collecting, ["x"], FAR)
                 if began > start + 10:
                     answered += 1
                     most = max(most, round((loop.time() - began) / 0.0111))
@@ -631,7 +638,7 @@ class TestWaiting:
 
             async def client() -> None:
                 at = loop.time()
-                await collecting.submit(["x"], FAR)
+                await ask(collecting, ["x"], FAR)
                 taken.append(loop.time() - at)
 
             while loop.time() < began + 20:

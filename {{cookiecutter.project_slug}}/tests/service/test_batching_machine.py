@@ -12,7 +12,7 @@ from app.batching import Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
 from app.waiting import BatchCost, FixedWindow, LearnedReturns
-from tests.service.test_batching import JumpingSelector
+from tests.service.test_batching import JumpingSelector, ask
 
 MAX_ROWS = 4
 QUEUE_MAX_ROWS = 30
@@ -123,7 +123,8 @@ class Callers(RuleBasedStateMachine):
         async def call(collector: Collector[int, int]) -> Sequence[int]:
             try:
                 async with asyncio.timeout_at(deadline if "gives_up" in manners else None):
-                    return await collector.submit(
+                    return await ask(
+                        collector,
                         rows,
                         deadline,
                         priority=priority,
@@ -152,7 +153,7 @@ class Callers(RuleBasedStateMachine):
         queued = [request for queue in self.collector._queues.values() for request in queue]
         rows = sum(request.waiting for request in queued)
         assert self.collector.rows_waiting == rows <= QUEUE_MAX_ROWS
-        assert not [request for request in queued if request.future.done()]
+        assert not [request for request in queued if request.outlet.done()]
 
     def teardown(self) -> None:
         self.turn(1e5)

@@ -5,7 +5,6 @@ import tracemalloc
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -17,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, SecretStr, field_serializer
 
-from app.batching import Submission
-from app.cache import Answered, ResponseCache, Stores
+from app.batching import Outlet, Ticket
+from app.cache import HEAD, Answered, ResponseCache, Stores
 from app.canonical import Canonical
 from app.errors import DeadlineExceeded, NotReady, PredictionFailed
-from app.memory_store import ENTRY_OVERHEAD_BYTES, Entry, MemoryStore
+from app.memory_store import ENTRY_OVERHEAD_BYTES, MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from tests.service.server import FAKES, Service, Start, publish
@@ -140,37 +139,24 @@ class TestCanonical:
 
 
 class TestMemory:
-    def entry(self, size: int = 10) -> Entry:
-        return Entry(0, b"x" * size)
-
     def test_what_was_not_asked_for_the_longest_goes_first(self) -> None:
-        store = MemoryStore(max_bytes=3 * (ENTRY_OVERHEAD_BYTES + 10))
+        store = MemoryStore(max_bytes=3 * (ENTRY_OVERHEAD_BYTES + 1))
         for key in (b"a", b"b", b"c"):
-            store.put(key, self.entry(), 60)
+            store.put(key, b"x")
         store.get(b"a")
-        store.put(b"d", self.entry(), 60)
+        store.put(b"d", b"x")
         assert [key for key in (b"a", b"b", b"c", b"d") if store.get(key)] == [b"a", b"c", b"d"]
-
-    def test_nothing_outlives_its_time(self) -> None:
-        now = 0.0
-        store = MemoryStore(10_000, clock=lambda: now)
-        store.put(b"a", self.entry(), 10)
-        store.put(b"b", self.entry(), 20)
-        now = 10
-        assert not store.get(b"a")
-        assert store.get(b"b")
-        assert store.bytes_held == ENTRY_OVERHEAD_BYTES + 10
-        store.discard(b"b")
-        store.discard(b"b")
-        assert store.bytes_held == 0
 
     def test_what_is_too_large_is_not_kept_and_what_is_replaced_counts_once(self) -> None:
         store = MemoryStore(1000)
-        store.put(b"a", self.entry(10), 60)
-        store.put(b"b", self.entry(2000), 60)
+        store.put(b"a", b"x" * 10)
+        store.put(b"b", b"x" * 2000)
         assert not store.get(b"b")
-        store.put(b"a", self.entry(100), 60)
+        store.put(b"a", b"x" * 100)
         assert store.bytes_held == ENTRY_OVERHEAD_BYTES + 100
+        for _ in range(2):
+            store.discard(b"a")
+        assert store.bytes_held == 0
 
     @pytest.mark.parametrize("size", [20, 2000])
     def test_its_bytes_are_those_that_it_takes(self, size: int) -> None:
@@ -179,7 +165,7 @@ class TestMemory:
         tracemalloc.start()
         try:
             for number in range(3 * most // size):
-                store.put(number.to_bytes(32), Entry(float(number), b"%*d" % (size, number)), 60)
+                store.put(number.to_bytes(32), b"%*d" % (size, number))
             taken = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
@@ -190,27 +176,35 @@ class Answer(BasePrediction):
     y: float
 
 
+class Asked:
+    """The ticket of rows that the model was asked for."""
+
+    def __init__(self, outlet: Outlet[BasePrediction | ItemError]) -> None:
+        self.outlet = outlet
+        self.was_in_vain = False
+
+    def withdraw(self) -> None:
+        self.was_in_vain = not self.outlet.done()
+        self.outlet.cancel()
+
+
 class Model:
     """Is asked, and answers when the test says so."""
 
     def __init__(self) -> None:
         self.asked: list[list[float]] = []
-        self.futures: list[asyncio.Future[Sequence[BasePrediction | ItemError]]] = []
-        self.withdrawn = 0
+        self.tickets: list[Asked] = []
 
-    def submit(self, rows: Sequence[BaseFeatures]) -> Submission[Any]:
+    def submit(
+        self, rows: Sequence[BaseFeatures], outlet: Outlet[BasePrediction | ItemError]
+    ) -> Ticket[BasePrediction | ItemError]:
         self.asked.append([row.x for row in rows])  # type: ignore[attr-defined]
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.futures.append(future)
-        return Submission(future, partial(self.withdraw, future))
-
-    def withdraw(self, future: asyncio.Future[Any]) -> None:
-        self.withdrawn += not future.done()
-        future.cancel()
+        self.tickets.append(Asked(outlet))
+        return self.tickets[-1]
 
     def say(self, run: int = -1, *outcomes: BasePrediction | ItemError) -> None:
         twice = [Answer(y=2 * x) for x in self.asked[run]]
-        self.futures[run].set_result(outcomes or twice)
+        self.tickets[run].outlet.set_result(outcomes or twice)
 
 
 def cache(**changes: Any) -> ResponseCache:
@@ -322,12 +316,13 @@ class TestAnswers:
         run(test)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"y": "?"}', b'{"y": 1, "z": 2}'])
-    def test_garbage_is_a_miss_and_thrown_away(self, content: bytes) -> None:
+    @pytest.mark.parametrize("head", [b"", b"garbage", HEAD.pack(1, 1e12), HEAD.pack(2, 1e12)])
+    def test_garbage_is_a_miss_and_thrown_away(self, head: bytes, content: bytes) -> None:
         async def test() -> None:
             store, model = MemoryStore(1_000_000), Model()
             cached = cache(stores=Stores(store))
             key = cached.key(Features(x=1))
-            store.put(key, Entry(0, content), 60)
+            store.put(key, head + content)
             asked = ask(cached, model, 1)
             await settle()
             assert not store.get(key)
@@ -391,7 +386,7 @@ class TestFlights:
                 request.cancel()
             late = ask(cached, model, 1)
             await settle()
-            assert model.withdrawn == 1
+            assert [ticket.was_in_vain for ticket in model.tickets] == [True, False]
             assert model.asked == [[1], [1]]
             model.say()
             assert ys(await late) == [2]
@@ -404,7 +399,7 @@ class TestFlights:
             cached, model = cache(), Model()
             requests = [ask(cached, model, 1) for _ in range(5)]
             await settle()
-            model.futures[0].set_exception(error)
+            model.tickets[0].outlet.set_exception(error)
             await settle()
             assert model.asked == [[1], [1]], "one of those who are left asks for all of them"
             model.say()
@@ -419,7 +414,7 @@ class TestFlights:
             cached, model = cache(), Model()
             requests = [ask(cached, model, 1) for _ in range(5)]
             await settle()
-            model.futures[0].set_exception(PredictionFailed("broken"))
+            model.tickets[0].outlet.set_exception(PredictionFailed("broken"))
             answers = await asyncio.gather(*requests, return_exceptions=True)
             assert [type(answer) for answer in answers] == [PredictionFailed] * 5
             assert len({id(answer) for answer in answers}) == 5, "each raises one of its own"
@@ -465,7 +460,7 @@ class TestFlights:
         async def test() -> None:
             cached, model = cache(), Model()
 
-            def refuse(_: object) -> Any:
+            def refuse(*_: object) -> Any:
                 raise NotReady("no")
 
             with pytest.raises(NotReady):
