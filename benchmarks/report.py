@@ -87,6 +87,12 @@ class Figures:
         return list(dict.fromkeys(entry[key] for entry in self.all(section) if key in entry))
 
 
+CACHE = """This template, 32 connections: without the cache, with it in memory, and with Redis alone
+(CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the requests that were
+sent before; of the others, none comes twice.
+"""
+
+
 @dataclass(frozen=True)
 class Target:
     text: str
@@ -151,6 +157,20 @@ TARGETS = [
 ]
 
 
+CACHE_TARGETS = [
+    ("W1, all in memory, to none: throughput", 1.3, True,
+     ("per_s", "w1", ("memory", "100%"), ("memory", "0%"))),
+    ("W1, all in memory, to none: p50", 1.0, False,
+     ("p50_ms", "w1", ("memory", "100%"), ("memory", "0%"))),
+    ("W1, none in memory, to no cache: throughput", 0.92, True,
+     ("per_s", "w1", ("memory", "0%"), ("off", "0%"))),
+    ("W1, none in Redis, to no cache: throughput", 0.75, True,
+     ("per_s", "w1", ("redis", "0%"), ("off", "0%"))),
+    ("W2, all in Redis, to none: throughput", 10, True,
+     ("per_s", "w2", ("redis", "100%"), ("redis", "0%"))),
+]  # fmt: skip
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -176,7 +196,13 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
         HEAD,
         _machine(figures),
     ]
-    sections = {"main": _main, "growth": _growth, "policies": _policies, "gpu": _gpu}
+    sections = {
+        "main": _main,
+        "growth": _growth,
+        "policies": _policies,
+        "cache": _cache,
+        "gpu": _gpu,
+    }
     if figures.has("main"):
         parts += ["![Throughput and latency](report.svg)\n", _targets(figures)]
     parts += [write(figures) for name, write in sections.items() if figures.has(name)]
@@ -191,7 +217,7 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
 
 def _machine(figures: Figures) -> str:
     rows = []
-    for section in ("main", "growth", "policies", "gpu"):
+    for section in ("main", "growth", "policies", "cache", "gpu"):
         if not figures.has(section):
             continue
         about = figures.about(section)
@@ -347,6 +373,38 @@ def _growth(figures: Figures) -> str:
             table(["workers", "req/s", "p50 ms", "p99 ms"], workers),
         ]
     return "\n".join(parts)
+
+
+def _cache(figures: Figures) -> str:
+    parts = ["## The response cache\n", CACHE]
+
+    def median_of(what: str, workload: str, tier: str, point: str) -> Number:
+        return figures.median("cache", what, workload=workload, tier=tier, point=point)
+
+    points = figures.values("cache", "point")
+    for workload in figures.values("cache", "workload"):
+        rows = [
+            [tier]
+            + [number(median_of("per_s", workload, tier, point)) for point in points]
+            + [number(median_of("p50_ms", workload, tier, point)) for point in points]
+            for tier in figures.values("cache", "tier")
+        ]
+        head = ["", *(f"req/s, {point}" for point in points)]
+        parts += [
+            f"{workload.upper()}:\n",
+            table([*head, *(f"p50 ms, {point}" for point in points)], rows),
+        ]
+
+    def to(what: str, workload: str, ours: tuple[str, str], other: tuple[str, str]) -> Number:
+        found = [median_of(what, workload, tier, f"known {share}") for tier, share in (ours, other)]
+        return found[0] / found[1] if found[0] is not None and found[1] else None
+
+    targets = [
+        Target(text, bound, is_at_least, lambda _, asked=asked: to(*asked))  # type: ignore[misc]
+        for text, bound, is_at_least, asked in CACHE_TARGETS
+    ]
+    rows = [target.row(figures) for target in targets]
+    return "\n".join([*parts, table(["ratio", "target", "measured", ""], rows)])
 
 
 def _policies(figures: Figures) -> str:

@@ -1,6 +1,7 @@
 """What is measured: each section gives a list of measurements, which are plain dictionaries."""
 
 import http.client
+import random
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -10,11 +11,12 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.contestants import Command, Contestant, NotSupportedError, Place, Request
-from benchmarks.environments import BUILD
+from benchmarks.environments import BUILD, MODELS
 from benchmarks.load import Exchange, Plan, Result, measure
+from benchmarks.redis_server import flush, redis_server
 from benchmarks.servers.template.contestant import batch_request, settings
 from benchmarks.serving import Cores, Server, busy_s, free_port, shared_cores, split_cores
-from benchmarks.workloads import TOLERANCE, Workload
+from benchmarks.workloads import TOLERANCE, Workload, make_fresh
 
 Measurement = dict[str, Any]
 Environment = dict[str, str]
@@ -26,6 +28,12 @@ MANY = 32
 OPEN_LOOP_CONNECTIONS = 512
 SHARES = [0.5, 0.9]
 """Of the capacity, in the open loop."""
+
+KNOWN = [0.0, 0.5, 1.0]
+"""Shares of requests that were sent before, in the section on the cache."""
+
+FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
+"""More than are answered in a second, as none may come twice."""
 
 POLICIES: dict[str, Environment] = {
     "learned": {"BATCH_POLICY": "learned"},
@@ -342,6 +350,39 @@ def gpu(bench: Bench) -> list[Measurement]:
     return found
 
 
+def cache(bench: Bench) -> list[Measurement]:
+    """Our response cache: without, in memory, and in Redis alone, by how many rows are known."""
+    found: list[Measurement] = []
+    contestant, cores = bench.contestants[OURS], bench.cores
+    with redis_server(cores.load) as url:
+        tiers = {
+            "off": {"CACHE_ENABLED": "false"},
+            "memory": {"CACHE_ENABLED": "true"},
+            "redis": {"CACHE_ENABLED": "true", "CACHE_MAX_BYTES": "0", "REDIS_URL": url},
+        }
+        for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
+            known = exchanges_of(contestant, bench.workloads[workload])
+            count = int(FRESH_PER_S[workload] * bench.seconds)
+            fresh = exchanges_of(contestant, make_fresh(workload, MODELS, count))
+            for number, tier in in_turns(bench, list(tiers)):
+                about = {"round": number, "workload": workload, "tier": tier}
+                for share in KNOWN:
+                    # Anew for each, as what was fresh is known afterwards. It is warmed up with
+                    # those that are to be known.
+                    with bench.serve(OURS, workload, tiers[tier]) as running:
+                        exchanges = mixed(known, fresh, share)
+                        result = running.load(MANY, exchanges=exchanges)
+                        found.append(show(about | {"point": f"known {share:.0%}"}, result))
+                    flush(url)
+    return found
+
+
+def mixed(known: list[Exchange], fresh: list[Exchange], share: float) -> list[Exchange]:
+    """As many as `fresh`, of which `share` are of `known`, in random order."""
+    chance = random.Random(len(fresh))  # noqa: S311
+    return [chance.choice(known) if chance.random() < share else new for new in fresh]
+
+
 def _has_cuda(python: Path) -> bool:
     code = "import onnxruntime; print(*onnxruntime.get_available_providers())"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
@@ -352,5 +393,6 @@ SECTIONS: dict[str, Callable[[Bench], list[Measurement]]] = {
     "main": main,
     "growth": growth,
     "policies": policies,
+    "cache": cache,
     "gpu": gpu,
 }

@@ -95,6 +95,19 @@ def make_workload(name: str, models: Path) -> Workload:
     return Workload(name, model, bodies, expected)
 
 
+def make_fresh(name: str, models: Path, count: int) -> Workload:
+    """`count` rows for w1 or w2 that nobody has sent yet, with their scores."""
+    random = np.random.default_rng(SEED + 4)
+    rows = random.normal(size=(count, len(FEATURES)))
+    folder = models / name
+    if name == "w1":
+        feed = {"rows": rows.astype(np.float32)}
+        scores = open_onnx(folder / "model.onnx").run(["probabilities"], feed)[0][:, 1]
+    else:
+        scores = joblib.load(folder / "model.joblib").predict_proba(rows)[:, 1]
+    return Workload(name, name, _as_fields(rows), scores.tolist())
+
+
 def _training_rows() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     random = np.random.default_rng(SEED)
     rows = random.normal(size=(4000, len(FEATURES))).astype(np.float32)

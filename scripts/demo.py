@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 from typing import Any
 from urllib.error import URLError
 
@@ -50,10 +50,18 @@ def run(*command: str, cwd: Path) -> None:
 
 def ask(url: str, body: Any = None) -> Any:
     """The JSON that `url` answers to a GET, or to a POST of `body`."""
+    return asked(url, body)[0]
+
+
+def asked(url: str, body: Any = None) -> tuple[Any, str]:
+    """The JSON, and how long it took, with what the cache had to do with it."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    started = perf_counter()
     with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
+        content = json.load(answer)
+    took = f"{(perf_counter() - started) * 1000:.1f} ms"
+    return content, f"{answer.headers.get('X-Cache', 'no cache')}, {took}"
 
 
 def wait_until_ready(url: str, service: subprocess.Popen[bytes], log: Path) -> None:
@@ -87,12 +95,14 @@ def show(url: str) -> None:
     [example] = operation["requestBody"]["content"]["application/json"]["schema"]["examples"]
     body = shlex.quote(json.dumps(example))
     curl = f"curl {url}/v1/predict -H 'Content-Type: application/json' -d {body}"
-    answer = ask(f"{url}/v1/predict", example)
+    answer, first = asked(f"{url}/v1/predict", example)
+    _, second = asked(f"{url}/v1/predict", example)
     console.print("\n[bold]Request[/]")
     console.out(curl)
     console.print("\n[bold]Answer[/]")
     console.out(json.dumps(answer, indent=2))
-    console.print(f"\n[bold]Docs[/]     {url}/docs\n[bold]Metrics[/]  {url}/metrics")
+    console.print(f"\n[bold]Cache[/]    {first}; asked again: {second}")
+    console.print(f"[bold]Docs[/]     {url}/docs\n[bold]Metrics[/]  {url}/metrics")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """`make demo`, as a newcomer runs it: in a fresh copy, until Ctrl-C."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ def test_it_shows_a_real_answer_and_stops_on_ctrl_c(
         try:
             assert f"curl http://localhost:{port}/v1/predict" in printed, printed
             assert '"fraud_probability": 0.9' in printed
+            assert re.search(r"Cache +miss, [\d.]+ ms; asked again: hit, [\d.]+ ms", printed)
             assert f"http://localhost:{port}/docs" in printed
             with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
                 assert b"http_requests_total" in answer.read()

@@ -66,6 +66,8 @@ def settings(place: Place, model: str) -> dict[str, str]:
         "ARTIFACTS_DIR": str(place.home / "artifacts"),
         "DEFAULT_MODEL": model,
         "BIND_ADDRESS": "127.0.0.1",
+        # The requests repeat themselves, and the others have no cache.
+        "CACHE_ENABLED": "false",
     }
 
 
