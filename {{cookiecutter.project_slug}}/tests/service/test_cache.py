@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Literal
 
 import httpx2 as httpx
@@ -204,6 +204,7 @@ class Model:
 
     def say(self, run: int = -1, *outcomes: BasePrediction | ItemError) -> None:
         twice = [Answer(y=2 * x) for x in self.asked[run]]
+        assert not self.tickets[run].outlet.done(), "nobody waits"
         self.tickets[run].outlet.set_result(outcomes or twice)
 
 
@@ -303,6 +304,23 @@ class TestAnswers:
 
         run(test)
 
+    def test_what_is_too_old_is_asked_again(self) -> None:
+        async def test() -> None:
+            store, model = MemoryStore(1_000_000), Model()
+            cached = cache(stores=Stores(store), ttl_s=60)
+            key = cached.key(Features(x=1))
+            for age, is_known in ((59, True), (-5, True), (61, False)):
+                store.put(key, HEAD.pack(1, time() - age) + b'{"y": 2}')
+                asked = ask(cached, model, 1)
+                await settle()
+                assert bool(model.asked) is not is_known
+                if not is_known:
+                    model.say()
+                assert ys(await asked) == [2]
+                assert ((await asked).age_s is not None) is is_known
+
+        run(test)
+
     def test_refreshing_asks_and_keeps(self) -> None:
         async def test() -> None:
             cached, model = cache(), Model()
@@ -360,7 +378,7 @@ class TestFlights:
 
         run(test)
 
-    @pytest.mark.parametrize("leavers", [[0], [5], [0, 1, 2, 3]])
+    @pytest.mark.parametrize("leavers", [[0], [5], [0, 1, 2, 3], [*range(1, 10)], [*range(9)]])
     def test_also_when_the_first_leaves(self, leavers: list[int]) -> None:
         async def test() -> None:
             cached, model = cache(), Model()
@@ -436,6 +454,18 @@ class TestFlights:
                 await hurried
             model.say()
             assert ys(await first) == [2]
+            assert model.asked == [[1]]
+
+        run(test)
+
+    def test_who_comes_before_the_first_has_woken_up_shares_its_answer(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            first = ask(cached, model, 1)
+            await settle()
+            model.say()
+            second = ask(cached, model, 1)
+            assert ys(await second) == ys(await first) == [2]
             assert model.asked == [[1]]
 
         run(test)
