@@ -15,7 +15,6 @@ from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
 
-from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from app.batching import Outlet, Ticket, outcomes_of
@@ -30,9 +29,13 @@ KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
 
 FORMAT = 1
-HEAD = struct.Struct(">Bd")
-"""A value begins with its format and with when the model said it, in seconds since the epoch;
-the rest is the JSON of the prediction."""
+HEAD = struct.Struct(">Bd16s")
+"""A value begins with its format, when the model said it, in seconds since the epoch, and the begin
+of its key, so that one that has got under another key is found out. The rest is the JSON of the
+prediction."""
+
+MAX_SKEW_S = 5.0
+"""By so much the clock of another machine may be ahead."""
 
 Key = bytes
 Outcome = BasePrediction | ItemError
@@ -41,7 +44,8 @@ Keys = tuple[Key, ...]
 Landing = asyncio.Future[Mapping[Key, Outcome]]
 
 
-class _Run(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Run:
     """What the model was asked for, and has not answered yet."""
 
     keys: Keys
@@ -105,6 +109,7 @@ class ResponseCache:
     ) -> None:
         features, prediction = types
         self._canonical = Canonical(features)
+        self._prediction = prediction
         context = hashlib.blake2b("\0".join(identity).encode())
         self._prefix = f"prediction:{metrics.model}:{metrics.version}:".encode()
         self._hash = hashlib.blake2b(key=context.digest(), digest_size=KEY_BYTES)
@@ -123,9 +128,11 @@ class ResponseCache:
             TypeError: it is not known when two rows of this kind are equal.
             ValueError: what is read from the JSON of a prediction is something else.
         """
-        self.key(row)
+        key = self.key(row)
+        if custom := _custom_parts(self._prediction.__pydantic_core_schema__):
+            raise ValueError(f"a Prediction has validators or serializers of its own ({custom})")
         content = self._to_json(prediction, by_alias=True)
-        read = self._read(HEAD.pack(FORMAT, time()) + content)
+        read = self._read(key, HEAD.pack(FORMAT, time(), key[:16]) + content)
         if read is None or self._to_json(read.prediction, by_alias=True) != content:
             raise ValueError("a Prediction cannot be read from its own JSON")
 
@@ -300,7 +307,7 @@ class ResponseCache:
         value = self._memory.get(key)
         if value is None:
             return None
-        if known := self._read(value):
+        if known := self._read(key, value):
             self.metrics.memory_hits.inc()
         else:
             self._memory.discard(key)
@@ -317,38 +324,46 @@ class ResponseCache:
                 known[key] = found
             elif value is None:
                 continue
-            elif found := self._read(value):
+            elif found := self._read(key, value):
                 known[key] = found
                 self._memory.put(key, value)
+                self.metrics.show_bytes(self._memory.bytes_held)
                 self.metrics.redis_hits.inc()
-            else:
+            elif not self._is_ours(key, value):
                 shared.discard(name)
         return known
 
     def _name(self, key: Key) -> bytes:
         return self._prefix + key.hex().encode()
 
-    def _read(self, value: bytes) -> _Known | None:
+    def _is_ours(self, key: Key, value: bytes) -> bool:
+        return len(value) >= HEAD.size and HEAD.unpack_from(value)[::2] == (FORMAT, key[:16])
+
+    def _read(self, key: Key, value: bytes) -> _Known | None:
         """What `value` says, unless it is too old, or not of this schema."""
+        if not self._is_ours(key, value):
+            self.metrics.invalid.inc()
+            return None
+        said = HEAD.unpack_from(value)[1]
+        # Not a number is neither.
+        if not -MAX_SKEW_S <= time() - said < self._ttl_s:
+            return None
         try:
-            version, said = HEAD.unpack_from(value)
-            if version == FORMAT:
-                if time() - said >= self._ttl_s:
-                    return None
-                return _Known(self._from_json(value[HEAD.size :]), said)
-        except (struct.error, ValidationError):
-            pass
-        self.metrics.invalid.inc()
-        return None
+            return _Known(self._from_json(value[HEAD.size :]), said)
+        # A validator of the predictor's can raise anything.
+        except Exception:
+            self.metrics.invalid.inc()
+            return None
 
     def keep(self, keys: Keys, outcomes: Sequence[Outcome]) -> None:
         """Keep those of `outcomes` that are predictions."""
         now = time()
         for key, outcome in zip(keys, outcomes, strict=True):
-            if isinstance(outcome, ItemError):
+            # No ItemError; nor what has more to it than can be read again.
+            if type(outcome) is not self._prediction:
                 continue
             try:
-                value = HEAD.pack(FORMAT, now) + self._to_json(outcome, by_alias=True)
+                value = HEAD.pack(FORMAT, now, key[:16]) + self._to_json(outcome, by_alias=True)
             except PydanticSerializationError:
                 continue
             self._memory.put(key, value)
@@ -378,6 +393,8 @@ class _Flight:
         self.waiting.discard(waiter)
         if self._leader.done() and not self.waiting:
             self._run.ticket.withdraw()
+            # It knows this, which knows it.
+            self._run.ticket.outlet = self._leader
 
     def done(self) -> bool:
         return self._is_done
@@ -399,8 +416,8 @@ class _Flight:
         for landing in self.waiting:
             if landing.done():
                 continue
-            if isinstance(error, PredictionFailed):
-                # Of the same row they would see the same.
+            if isinstance(error, PredictionFailed) and len(self._run.keys) == 1:
+                # Of the same row they would see the same. Of several, it may be of another.
                 landing.set_exception(PredictionFailed(error.detail))
             else:
                 # That who led was too late, say, is not true of everybody: they ask again.
@@ -414,6 +431,18 @@ class _Flight:
     def _end(self) -> None:
         self._is_done = True
         self._cache.forget(self._run)
+
+
+def _custom_parts(schema: Any) -> str:
+    """Names a part of a core schema whose JSON may be read as something else, if there is one."""
+    if isinstance(schema, dict):
+        kind = schema.get("type")
+        if isinstance(kind, str) and (kind.startswith("function-") or kind == "generator"):
+            return kind
+        return next(filter(None, map(_custom_parts, schema.values())), "")
+    if isinstance(schema, list | tuple):
+        return next(filter(None, map(_custom_parts, schema)), "")
+    return ""
 
 
 async def _past_the_cache(rows: Sequence[BaseFeatures], submit: Submit) -> Answered:

@@ -33,20 +33,21 @@ class Canonical:
 
     def __init__(self, row_type: type[BaseModel]) -> None:
         schema: Any = row_type.__pydantic_core_schema__
-        self._is_flat = schema["type"] == "model" and _types_in(schema["schema"]) <= FLAT
+        is_plain_model = schema["type"] == "model" and not row_type.__private_attributes__
+        is_closed = row_type.model_config.get("extra") != "allow"
+        self._is_flat = is_plain_model and is_closed and _types_in(schema["schema"]) <= FLAT
 
     def __call__(self, row: BaseModel) -> bytes:
         """
         Raises:
             TypeError: the row holds something of which it is not known when two are equal.
         """
-        values = list(row.__dict__.values())
         if self._is_flat:
             try:
-                return marshal.dumps(values, FORMAT)
+                return marshal.dumps(list(row.__dict__.values()), FORMAT)
             except ValueError:
                 pass  # A literal can be anything.
-        return marshal.dumps(_plain(values), FORMAT)
+        return marshal.dumps(_plain(row), FORMAT)
 
 
 def _types_in(schema: Any) -> set[str]:
@@ -62,18 +63,23 @@ def _plain(value: Any) -> Any:
     """The same in types that marshal knows."""
     if type(value) in AS_THEY_ARE:
         return value
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return [_plain(item) for item in value]
     # A tuple, which nothing else becomes.
-    return f"{type(value).__module__}.{type(value).__qualname__}", _content(value)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, tuple):  # one with names
+        return kind, [_plain(item) for item in value]
+    return kind, _content(value)
 
 
 def _content(value: Any) -> Any:
     """What makes two values of one type equal; what has no order in one order."""
     if isinstance(value, BaseModel):
-        return _plain(list(value.__dict__.values()))
+        # What a validator or the caller has added counts, too.
+        more = (value.__pydantic_extra__ or {}, value.__pydantic_private__ or {})
+        return _plain([list(value.__dict__.values()), *more])
     if isinstance(value, Enum):
-        return value.name
+        return value.name, _plain(value.value)
     if isinstance(value, dict):
         items = [(_plain(key), _plain(item)) for key, item in value.items()]
         return sorted(marshal.dumps(item, FORMAT) for item in items)
@@ -81,6 +87,13 @@ def _content(value: Any) -> Any:
         return sorted(marshal.dumps(_plain(item), FORMAT) for item in value)
     if isinstance(value, BY_REPRESENTATION):
         return repr(value)
-    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # of NumPy
+    if _is_array(value):
         return value.dtype.str, list(value.shape), value.tobytes()
     raise TypeError(f"it is not known when two values of type {type(value).__name__} are equal")
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a plain NumPy array, or a scalar, of something that its bytes tell of."""
+    kind = type(value)
+    is_numpy = kind.__module__ == "numpy" and hasattr(value, "dtype")
+    return is_numpy and value.dtype.kind in "biufcSUmM"

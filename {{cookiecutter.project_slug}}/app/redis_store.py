@@ -9,13 +9,18 @@ for each would take longer than a small model does.
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from app.breaker import Breaker, State
 from app.metrics import StoreMetrics
@@ -29,7 +34,11 @@ MAX_WRITES = 2000
 MAX_WRITE_BYTES = 16 * 1024 * 1024
 """What may wait to be written; what comes beyond is dropped."""
 
-FAULTS = (RedisError, OSError, TimeoutError)
+MAX_WANTED = 4 * MAX_KEYS
+"""Keys that may wait to be looked up; who comes beyond does without."""
+
+TOLD = (AuthenticationError, RedisConnectionError, RedisTimeoutError, OSError)
+"""Errors whose message is logged. Others repeat the command, with a password perhaps."""
 
 MAX_FAULT_CHARS = 200
 
@@ -47,7 +56,10 @@ class RedisStore:
             # Who waits for an answer does not wait for another try.
             retry=Retry(NoBackoff(), 0),
             max_connections=4,
+            # With them it would not notice that a connection has data that nobody asked for.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
+        self._password = unquote(urlsplit(url).password or "")
         # For all of an exchange; a new connection is one of three parts.
         self._timeout_s = 3 * timeout_s
         self._metrics = metrics
@@ -61,10 +73,11 @@ class RedisStore:
 
         self._unwritten_bytes = 0
         self._writer: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def get(self, names: Sequence[Name]) -> list[bytes | None]:
         """What is there; None is also for what could not be found out."""
-        if not self._reading.allows():
+        if self._is_closed or len(self._wanted) > MAX_WANTED or not self._reading.allows():
             return [None] * len(names)
         loop = asyncio.get_running_loop()
         futures = []
@@ -84,9 +97,20 @@ class RedisStore:
         self._write_later(name, None)
 
     async def close(self) -> None:
-        for task in filter(None, (self._reader, self._writer)):
+        self._is_closed = True
+        tasks = [task for task in (self._reader, self._writer) if task]
+        for task in tasks:
             task.cancel()
-        await self._redis.aclose()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # A task that never began has resolved nothing.
+        self._let_go(self._wanted)
+        with suppress(Exception):
+            await self._redis.aclose()
+
+    def _let_go(self, wanted: dict[Name, list[asyncio.Future[bytes | None]]]) -> None:
+        for futures in wanted.values():
+            _resolve(futures, None)
+        wanted.clear()
 
     async def _read(self) -> None:
         """Look up all that is wanted, until nothing is."""
@@ -102,26 +126,29 @@ class RedisStore:
                     return
         finally:
             self._reader = None
-            for futures in (*wanted.values(), *self._wanted.values()):
-                _resolve(futures, None)
-            self._wanted.clear()
+            self._let_go(wanted)
+            self._let_go(self._wanted)
 
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
                 values: Any = await self._redis.mget(names)
-        except FAULTS as error:
-            self._failed(self._reading, error)
+            # A server that answers this with something else is none.
+            found: list[bytes | None] = [_checked(value) for value in values]
+            if len(found) != len(names):
+                raise TypeError("MGET gave another number of values")
+        # Redis-py and uvloop raise more than they document.
+        except Exception as error:
+            await self._failed(self._reading, error)
             return [None] * len(names)
         self._reading.worked()
         self._metrics.lookup_seconds.observe(perf_counter() - started)
-        found: list[bytes | None] = values
         return found
 
     def _write_later(self, name: Name, write: tuple[bytes, float] | None) -> None:
         size = len(write[0]) if write else 0
-        is_full = len(self._unwritten) >= MAX_WRITES
+        is_full = self._is_closed or len(self._unwritten) >= MAX_WRITES
         is_heavy = self._unwritten_bytes + size > MAX_WRITE_BYTES
         if is_full or is_heavy or (not self._writer and not self._writing.allows()):
             self._metrics.dropped.inc()
@@ -151,27 +178,32 @@ class RedisStore:
 
     async def _send(self, writes: Mapping[Name, tuple[bytes, float] | None]) -> bool:
         """Whether all were written."""
-        commands = self._redis.pipeline(transaction=False)
-        for name, write in writes.items():
-            if write is None:
-                commands.delete(name)
-            else:
-                value, ttl_s = write
-                commands.set(name, value, px=max(1, int(ttl_s * 1000)))
         try:
+            commands = self._redis.pipeline(transaction=False)
+            for name, write in writes.items():
+                if write is None:
+                    commands.delete(name)
+                else:
+                    value, ttl_s = write
+                    commands.set(name, value, px=max(1, int(ttl_s * 1000)))
             async with asyncio.timeout(self._timeout_s):
                 await commands.execute()
-        except FAULTS as error:
-            self._failed(self._writing, error)
+        except Exception as error:
+            await self._failed(self._writing, error)
             return False
         self._writing.worked()
         return True
 
-    def _failed(self, breaker: Breaker, error: Exception) -> None:
-        # Its message names the host at most; no password.
-        self._fault = f"{type(error).__name__}: {error}"[:MAX_FAULT_CHARS]
+    async def _failed(self, breaker: Breaker, error: Exception) -> None:
+        text = str(error) if isinstance(error, TOLD) else ""
+        if self._password:
+            text = text.replace(self._password, "***")
+        self._fault = f"{type(error).__name__}: {text}"[:MAX_FAULT_CHARS]
         self._metrics.failures.inc()
         breaker.failed()
+        # What is left on a connection must not answer the next question.
+        with suppress(Exception):
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     def _note(self, what: Literal["lookups", "writes"], state: State) -> None:
         self._metrics.breaker(what).set(state.value)
@@ -179,6 +211,12 @@ class RedisStore:
             log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
         elif state is State.CLOSED:
             log.info("Redis is in use again", extra={"what": what})
+
+
+def _checked(value: object) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value
+    raise TypeError("MGET gave something else than bytes")
 
 
 def _resolve(futures: Sequence[asyncio.Future[bytes | None]], value: bytes | None) -> None:

@@ -137,27 +137,40 @@ class ServedModel:
         predictor, settings = self.predictor_class, self._settings
         if not (settings.cache_enabled and predictor.cache):
             return None
+        try:
+            cache = ResponseCache(
+                self._identity(artifact),
+                (predictor.features, predictor.prediction),
+                self._stores,
+                predictor.cache_ttl_s or settings.cache_ttl_s,
+                CacheMetrics(self.name, artifact.version),
+            )
+            cache.check(predictor.example, self._sample)
+        # It runs what the predictor's file has defined, and a model serves without it, too.
+        except Exception as error:
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            log.warning("%s: answers are not cached: %s", self.name, why)
+            return None
+        return cache
+
+    def _identity(self, artifact: Artifact) -> tuple[str, ...]:
+        """What an answer depends on, beside the row."""
+        predictor = self.predictor_class
         source = Path(sys.modules[predictor.__module__].__file__ or "")
-        types = (predictor.features, predictor.prediction)
-        identity = (
-            settings.service_title,
+        schemas = (
+            predictor.features.model_json_schema(),
+            predictor.prediction.model_json_schema(mode="serialization"),
+        )
+        return (
+            self._settings.service_title,
             self.name,
             artifact.version,
             artifact.digest,
             artifacts.sha256(source),
-            *(json.dumps(type_.model_json_schema(), sort_keys=True) for type_ in types),
+            *(json.dumps(schema, sort_keys=True) for schema in schemas),
             # What rows are turned into depends on it.
             sys.version,
         )
-        ttl_s = predictor.cache_ttl_s or settings.cache_ttl_s
-        metrics = CacheMetrics(self.name, artifact.version)
-        cache = ResponseCache(identity, types, self._stores, ttl_s, metrics)
-        try:
-            cache.check(predictor.example, self._sample)
-        except (TypeError, ValueError) as error:
-            log.warning("%s: answers are not cached: %s", self.name, error)
-            return None
-        return cache
 
     async def _measure(self, max_rows: int) -> BatchCost:
         """Learn what batches take, and whether they may run on the event loop."""

@@ -129,8 +129,17 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
-        parts = urlsplit(url.get_secret_value()) if url else None
-        if parts and parts.scheme not in ("redis", "rediss", "unix"):
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url.get_secret_value())
+            _ = parts.port
+        except ValueError:
+            # Its message has parts of the URL, and they may be of the password.
+            raise ValueError(
+                "it is no URL; write / # ? and @ in a password as %2F %23 %3F %40"
+            ) from None
+        if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError(
                 "it has to begin with redis://, rediss:// or unix://; Sentinel and Cluster are "
                 "not supported: give the address of one server, or of a proxy before them"

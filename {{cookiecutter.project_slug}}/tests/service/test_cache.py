@@ -1,20 +1,21 @@
 """The response cache: what is the same, what is kept, and who waits for whom."""
 
 import asyncio
+import gc
 import tracemalloc
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from time import monotonic, time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import httpx2 as httpx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, SecretStr, field_serializer
+from pydantic import Field, SecretStr, field_serializer, field_validator
 
 from app.batching import Outlet, Ticket
 from app.cache import HEAD, Answered, ResponseCache, Stores
@@ -129,6 +130,30 @@ class TestCanonical:
         keys = [canonical(Rich.model_construct(x=array)) for array in arrays]
         assert keys[0] == keys[1]
         assert len(set(keys)) == 4
+
+    def test_nor_is_what_was_added_to_a_row_left_out(self) -> None:
+        class Open(BaseFeatures, extra="allow"):
+            x: float
+
+        canonical = Canonical(Open)
+        texts = ['{"x": 1}', '{"x": 1, "age": 3}', '{"x": 1, "age": 99}']
+        assert len({canonical(Open.model_validate_json(text)) for text in texts}) == 3
+
+    def test_tuples_with_names_are_told_apart(self) -> None:
+        class A(NamedTuple):
+            a: int
+
+        class B(NamedTuple):
+            b: int
+
+        canonical = Canonical(Rich)
+        rows: list[Any] = [Rich.model_construct(x=value) for value in (A(1), B(1), (1,))]  # type: ignore[arg-type]
+        assert len({canonical(row) for row in rows}) == 3
+
+    def test_an_array_of_objects_is_refused(self) -> None:
+        array: Any = np.array([object()], dtype=object)
+        with pytest.raises(TypeError, match="ndarray"):
+            Canonical(Rich)(Rich.model_construct(x=array))
 
     def test_a_secret_is_no_part_of_a_key(self) -> None:
         class Login(BaseFeatures):
@@ -309,8 +334,8 @@ class TestAnswers:
             store, model = MemoryStore(1_000_000), Model()
             cached = cache(stores=Stores(store), ttl_s=60)
             key = cached.key(Features(x=1))
-            for age, is_known in ((59, True), (-5, True), (61, False)):
-                store.put(key, HEAD.pack(1, time() - age) + b'{"y": 2}')
+            for age, is_known in ((59, True), (-4, True), (61, False), (-60, False)):
+                store.put(key, HEAD.pack(1, time() - age, key[:16]) + b'{"y": 2}')
                 asked = ask(cached, model, 1)
                 await settle()
                 assert bool(model.asked) is not is_known
@@ -334,13 +359,20 @@ class TestAnswers:
         run(test)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"y": "?"}', b'{"y": 1, "z": 2}'])
-    @pytest.mark.parametrize("head", [b"", b"garbage", HEAD.pack(1, 1e12), HEAD.pack(2, 1e12)])
-    def test_garbage_is_a_miss_and_thrown_away(self, head: bytes, content: bytes) -> None:
+    @pytest.mark.parametrize("head", ["none", "short", "other key", "other format", "right"])
+    def test_garbage_is_a_miss_and_thrown_away(self, head: str, content: bytes) -> None:
         async def test() -> None:
             store, model = MemoryStore(1_000_000), Model()
             cached = cache(stores=Stores(store))
             key = cached.key(Features(x=1))
-            store.put(key, head + content)
+            heads = {
+                "none": b"",
+                "short": b"garbage",
+                "other key": HEAD.pack(1, time(), bytes(16)),
+                "other format": HEAD.pack(2, time(), key[:16]),
+                "right": HEAD.pack(1, time(), key[:16]),
+            }
+            store.put(key, heads[head] + content)
             asked = ask(cached, model, 1)
             await settle()
             assert not store.get(key)
@@ -357,10 +389,18 @@ class TestAnswers:
             def _write(self, value: float) -> str:
                 return f"{value} apples"
 
+        class Doubles(BasePrediction):
+            y: float
+
+            @field_validator("y")
+            @classmethod
+            def _double(cls, value: float) -> float:
+                return 2 * value
+
         async def test() -> None:
-            cached = cache(types=(Features, Writes))
-            with pytest.raises(ValueError, match="JSON"):
-                cached.check(Features(x=1), Writes(y=1))
+            for each in (Writes(y=1), Doubles(y=0)):
+                with pytest.raises(ValueError, match="of its own"):
+                    cache(types=(Features, type(each))).check(Features(x=1), each)
             cache().check(Features(x=1), Answer(y=1))
 
         run(test)
@@ -441,6 +481,40 @@ class TestFlights:
             assert len(model.asked) == 2, "it is not kept"
             model.say()
             await again
+
+        run(test)
+
+    def test_unless_it_may_be_that_of_another_row(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            first = ask(cached, model, 1, -1)
+            await settle()
+            follower = ask(cached, model, 1)
+            await settle()
+            model.tickets[0].outlet.set_exception(PredictionFailed("one of them"))
+            await settle()
+            with pytest.raises(PredictionFailed):
+                await first
+            assert model.asked == [[1, -1], [1]]
+            model.say()
+            assert ys(await follower) == [2]
+
+        run(test)
+
+    def test_it_leaves_nothing_for_the_garbage_collector(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+
+            async def fail() -> None:
+                requests = [ask(cached, model, 1) for _ in range(3)]
+                await settle()
+                model.tickets.pop().outlet.set_exception(PredictionFailed("broken"))
+                await asyncio.gather(*requests, return_exceptions=True)
+
+            await fail()
+            gc.collect()
+            await fail()
+            assert gc.collect() == 0
 
         run(test)
 

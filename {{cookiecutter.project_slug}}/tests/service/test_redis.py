@@ -1,5 +1,6 @@
 """The cache with a real Redis, which is stopped, killed, filled up and lied for."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -16,6 +17,8 @@ import pytest
 import redis
 
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
+from app.metrics import StoreMetrics
+from app.redis_store import RedisStore
 from tests.service.server import WAIT_S, Service, Start, free_port, publish
 from tests.service.test_batches import sample
 from tests.service.test_cache import double, runs
@@ -52,7 +55,7 @@ class RedisServer:
         while True:
             try:
                 self.client.ping()
-            except redis.AuthenticationError:
+            except (redis.AuthenticationError, redis.ResponseError):
                 return self
             except redis.ConnectionError:
                 pass
@@ -347,6 +350,24 @@ class TestPasswords:
         assert "AuthenticationError" in line["why"]
         assert "trout" not in service.log
 
+    def test_it_is_not_in_what_an_old_server_says(
+        self, start: Start, start_redis: StartRedis
+    ) -> None:
+        # Such a server repeats the command that it does not know, and the password is part of it.
+        server = start_redis(self.acl + " --rename-command HELLO nohello")
+        url = f"redis://cache:swordfish@127.0.0.1:{server.port}/0"
+        service = start(REDIS_URL=url).wait_for("/ready")
+        Caller(service).asks_until(lambda: breaker(service) == State.OPEN)
+        assert "swordfish" not in service.log
+
+    @pytest.mark.parametrize("url", ["redis://:tuna/fish@host", "redis://:tuna#fish@h:1"])
+    def test_nor_in_the_refusal_of_a_wrong_url(self, start: Start, url: str) -> None:
+        service = start(REDIS_URL=url)
+        assert service.exit_code() != 0
+        [line] = service.log.splitlines()
+        assert "REDIS_URL" in line
+        assert "tuna" not in line
+
     @pytest.mark.parametrize("scheme", ["redis+sentinel", "redis+cluster", "http", "host"])
     def test_other_kinds_of_server_are_refused_at_the_start(
         self, start: Start, scheme: str
@@ -358,9 +379,66 @@ class TestPasswords:
         assert "swordfish" not in line
 
 
+class Redis:
+    """A client that says what a test wants, in place of redis-py's."""
+
+    answer: Any = None
+
+    async def mget(self, names: list[bytes]) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def store_with(client: Redis) -> RedisStore:
+    store = RedisStore("redis://127.0.0.1:1", 0.05, StoreMetrics())
+    store._redis.mget = client.mget  # type: ignore[method-assign,assignment]
+    return store
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"OK", 1, None, [], [1, 2], [b"a"], {b"a": b"b"}, RuntimeError("closed"), AttributeError("x")],
+    ids=str,
+)
+def test_whatever_the_client_does_a_lookup_is_a_miss_and_it_recovers(answer: Any) -> None:
+    async def test() -> None:
+        client = Redis()
+        client.answer = answer
+        store = store_with(client)
+        for _ in range(3):
+            assert await store.get([b"a", b"b"]) == [None, None]
+        assert store._reading.state.name == "OPEN"
+        client.answer = [b"1", None]
+        store._reading._open_until = 0  # The pause is over.
+        assert await store.get([b"a", b"b"]) == [b"1", None]
+        assert store._reading.state.name == "CLOSED"
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_closing_lets_nobody_wait() -> None:
+    class Silent(Redis):
+        async def mget(self, names: list[bytes]) -> Any:
+            await asyncio.sleep(1000)
+
+    async def test() -> None:
+        for turns in range(3):
+            store = store_with(Silent())
+            waiting = asyncio.create_task(store.get([b"a"]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await store.close()
+            assert await waiting == [None]
+            assert await store.get([b"a"]) == [None]
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize(
     "garbage",
-    [b"", b"\x01", b"garbage", b"\x02" + bytes(8) + b'{"y":9}', b"\x01" + bytes(8) + b"{"],
+    [b"", b"\x01", b"garbage", b"\x02" + bytes(24) + b'{"y":9}', b"\x01" + bytes(24) + b"{"],
 )
 def test_what_is_none_of_ours_is_a_miss_and_written_anew(
     start: Start, start_redis: StartRedis, garbage: bytes
