@@ -256,7 +256,8 @@ async def settle() -> None:
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(test())
+    # Who waits for nobody would wait for ever.
+    asyncio.run(asyncio.wait_for(test(), 30))
 
 
 class TestAnswers:
