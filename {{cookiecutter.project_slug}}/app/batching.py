@@ -105,7 +105,7 @@ class _Request(Generic[RowT, OutcomeT]):
 
     queued: float
     outlet: Outlet[OutcomeT]
-    leave: "Callable[[_Request[RowT, OutcomeT]], None]"
+    collector: "Collector[RowT, OutcomeT]"
     waiting: int
     """Rows that are in no batch yet."""
 
@@ -115,7 +115,11 @@ class _Request(Generic[RowT, OutcomeT]):
 
     def withdraw(self) -> None:
         """Nobody waits any more: the answer is there, or is not wanted."""
-        self.leave(self)
+        self.collector.withdraw(self)
+
+    def prolong(self, deadline: float) -> None:
+        """Somebody waits until `deadline`."""
+        self.collector.prolong(self, deadline)
 
 
 class _Part(NamedTuple, Generic[RowT, OutcomeT]):
@@ -147,6 +151,9 @@ class Ticket(Protocol[OutcomeT]):
 
     def withdraw(self) -> None:
         """To be called by who does not wait any more, whether it has its answer or gives up."""
+
+    def prolong(self, deadline: float) -> None:
+        """Go on until `deadline`, if that is later than so far."""
 
 
 async def outcomes_of(
@@ -260,9 +267,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self.admit(len(rows), deadline)
         now = self._clock()
         self._count += 1
-        request = _Request(
-            rows, deadline, group, self._count, now, outlet, self._withdraw, len(rows)
-        )
+        request = _Request(rows, deadline, group, self._count, now, outlet, self, len(rows))
         is_idle = self.is_idle
         if is_idle:
             self._policy.found_idle(now)
@@ -282,11 +287,18 @@ class Collector(Generic[RowT, OutcomeT]):
             self._schedule()
         return request
 
-    def _withdraw(self, request: _Request[RowT, OutcomeT]) -> None:
+    def withdraw(self, request: _Request[RowT, OutcomeT]) -> None:
+        """See `Ticket`."""
         self._accepted.discard(request)
         if request.waiting:
             self._leave_queue(request)
         request.outlet.cancel()
+
+    def prolong(self, request: _Request[RowT, OutcomeT], deadline: float) -> None:
+        """See `Ticket`."""
+        if deadline > request.deadline and not request.outlet.done():
+            request.deadline = deadline
+            self._accepted.add(request, deadline)
 
     def _expire(self, request: _Request[RowT, OutcomeT]) -> None:
         if request.waiting:

@@ -50,6 +50,11 @@ class _Run:
 
     keys: Keys
     ticket: Ticket[Outcome]
+    leader: asyncio.Future[Sequence[Outcome]]
+    """What the first who asked waits for."""
+
+    deadline: float
+    """Of that one, by `time.monotonic`."""
 
 
 class Answered(NamedTuple):
@@ -72,8 +77,8 @@ class SharedStore(Protocol):
     Nothing here fails, and only `get` takes time.
     """
 
-    async def get(self, names: Sequence[bytes]) -> Sequence[bytes | None]:
-        """What is there under `names`; None is also for what could not be found out."""
+    async def get(self, names: Sequence[bytes], deadline: float) -> Sequence[bytes | None]:
+        """What is there under `names`; None is also for what could not be found out in time."""
 
     def put(self, name: bytes, value: bytes, ttl_s: float) -> None:
         """Have `value` kept for `ttl_s`."""
@@ -120,7 +125,7 @@ class ResponseCache:
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._runs: dict[Key, _Run] = {}
-        self._followers: Deadlines[Landing] = Deadlines(_expire)
+        self._waiting: Deadlines[asyncio.Future[Any]] = Deadlines(_expire)
 
     def check(self, row: BaseFeatures, prediction: Outcome | None) -> None:
         """
@@ -185,7 +190,7 @@ class ResponseCache:
         if not refresh:
             known = self._recall(key)
             if known is None and self._shared:
-                known = (await self._recall_shared(self._shared, keys)).get(key)
+                known = (await self._recall_shared(self._shared, keys, deadline)).get(key)
             if known:
                 return Answered([known.prediction], _age_s(known))
         self.metrics.misses.inc()
@@ -193,7 +198,7 @@ class ResponseCache:
         while not outcomes:
             run = None if refresh else self._runs.get(key)
             if run is None:
-                outcomes = await self._lead(keys, rows, submit)
+                outcomes = await self._lead(keys, rows, submit, deadline)
             else:
                 said = await self._follow(run, deadline)
                 outcomes = [said[key]] if said else ()
@@ -213,7 +218,7 @@ class ResponseCache:
             known = {key: found for key in row_of if (found := self._recall(key))}
             if self._shared and len(known) < len(row_of):
                 unknown = [key for key in row_of if key not in known]
-                known |= await self._recall_shared(self._shared, unknown)
+                known |= await self._recall_shared(self._shared, unknown, deadline)
             if len(known) == len(row_of):
                 oldest = min(known.values(), key=attrgetter("said"))
                 return Answered([known[key].prediction for key in keys], _age_s(oldest))
@@ -226,7 +231,8 @@ class ResponseCache:
             joined = [(run, self._join(run, deadline)) for run in runs]
             try:
                 if to_lead:
-                    outcomes = await self._lead(to_lead, [row_of[key] for key in to_lead], submit)
+                    led = [row_of[key] for key in to_lead]
+                    outcomes = await self._lead(to_lead, led, submit, deadline)
                     said |= dict(zip(to_lead, outcomes, strict=True))
                 # An error knows this frame by its traceback; the frame must not know the error.
                 for number in range(len(joined)):
@@ -237,11 +243,11 @@ class ResponseCache:
         return Answered([said[key] for key in keys], None)
 
     async def _lead(
-        self, keys: Keys, rows: Sequence[BaseFeatures], submit: Submit
+        self, keys: Keys, rows: Sequence[BaseFeatures], submit: Submit, deadline: float
     ) -> Sequence[Outcome]:
         """What the model says of `rows`, and of `keys` to all who follow."""
         answer: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
-        run = _Run(keys, submit(rows, answer))
+        run = _Run(keys, submit(rows, answer), answer, deadline)
         if not answer.done():
             for key in keys:
                 self._runs[key] = run
@@ -281,15 +287,17 @@ class ResponseCache:
                 landing.set_result(dict(zip(run.keys, outlet.result(), strict=True)))
             return landing
         if not isinstance(outlet, _Flight):
-            outlet = run.ticket.outlet = _Flight(self, run, outlet)
+            self._waiting.add(run.leader, run.deadline)
+            outlet = run.ticket.outlet = _Flight(self, run)
+        run.ticket.prolong(deadline)
         outlet.waiting.add(landing)
         self.metrics.followers.inc()
-        self._followers.add(landing, deadline)
+        self._waiting.add(landing, deadline)
         return landing
 
     def _part(self, run: _Run, waiter: asyncio.Future[Any]) -> None:
         """Who waits for `waiter` has its answer, or gives up."""
-        self._followers.discard(waiter)
+        self._waiting.discard(waiter)
         if not waiter.cancel() and not waiter.cancelled():
             # Another error may have come first; nobody has to hear of both.
             waiter.exception()
@@ -314,12 +322,13 @@ class ResponseCache:
         return known
 
     async def _recall_shared(
-        self, shared: SharedStore, keys: Sequence[Key]
+        self, shared: SharedStore, keys: Sequence[Key], deadline: float
     ) -> Mapping[Key, _Known]:
         """What is in `shared`, or has come into memory meanwhile."""
         names = [self._name(key) for key in keys]
         known: dict[Key, _Known] = {}
-        for key, name, value in zip(keys, names, await shared.get(names), strict=True):
+        values = await shared.get(names, deadline)
+        for key, name, value in zip(keys, names, values, strict=True):
             if found := self._recall(key):
                 known[key] = found
             elif value is None:
@@ -379,13 +388,13 @@ class _Flight:
     is spared.
     """
 
-    def __init__(self, cache: ResponseCache, run: _Run, leader: Outlet[Outcome]) -> None:
+    def __init__(self, cache: ResponseCache, run: _Run) -> None:
         self.waiting: set[Landing] = set()
         """The futures of those who follow."""
 
         self._cache = cache
         self._run = run
-        self._leader = leader
+        self._leader = run.leader
         self._is_done = False
 
     def leave(self, waiter: asyncio.Future[Any]) -> None:
@@ -454,6 +463,6 @@ def _age_s(known: _Known) -> float:
     return max(0.0, time() - known.said)
 
 
-def _expire(landing: Landing) -> None:
-    if not landing.done():
-        landing.set_exception(DeadlineExceeded("The model did not answer in time."))
+def _expire(waiter: asyncio.Future[Any]) -> None:
+    if not waiter.done():
+        waiter.set_exception(DeadlineExceeded("The model did not answer in time."))

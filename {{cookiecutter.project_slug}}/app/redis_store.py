@@ -10,19 +10,20 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from app.breaker import Breaker, State
+from app.deadlines import Deadlines
 from app.metrics import StoreMetrics
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,21 @@ TOLD = (AuthenticationError, RedisConnectionError, RedisTimeoutError, OSError)
 
 MAX_FAULT_CHARS = 200
 
+GATHERING_S = 0.01
+"""For so long writes wait for others: the more go together, the less each of them costs."""
+
+WRITE_ALL = """
+for i, name in ipairs(KEYS) do
+    local value, ttl = ARGV[2 * i - 1], ARGV[2 * i]
+    if ttl == '0' then redis.call('DEL', name) else redis.call('SET', name, value, 'PX', ttl) end
+end
+"""
+"""To redis-py a command for each write is several times as much work."""
+
 Name = bytes
+Wanted = dict[Name, list[asyncio.Future[bytes | None]]]
+Write = tuple[bytes, int]
+"""A value, and for how many milliseconds to keep it; for none: it is to be deleted."""
 
 
 class RedisStore:
@@ -66,35 +81,43 @@ class RedisStore:
         self._reading = Breaker(lambda state: self._note("lookups", state))
         self._writing = Breaker(lambda state: self._note("writes", state))
         self._fault = ""
-        self._wanted: dict[Name, list[asyncio.Future[bytes | None]]] = {}
+        self._wanted: Wanted = {}
+        self._patience: Deadlines[asyncio.Future[bytes | None]] = Deadlines(_give_up)
         self._reader: asyncio.Task[None] | None = None
-        self._unwritten: dict[Name, tuple[bytes, float] | None] = {}
-        """Value and seconds to live; None: it is to be deleted."""
-
+        self._unwritten: dict[Name, Write] = {}
         self._unwritten_bytes = 0
+        self._being_written: Mapping[Name, Write] = {}
+        self._may_run_scripts = True
         self._writer: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    async def get(self, names: Sequence[Name]) -> list[bytes | None]:
-        """What is there; None is also for what could not be found out."""
-        if self._is_closed or len(self._wanted) > MAX_WANTED or not self._reading.allows():
-            return [None] * len(names)
-        loop = asyncio.get_running_loop()
-        futures = []
-        for name in names:
-            future: asyncio.Future[bytes | None] = loop.create_future()
+    async def get(self, names: Sequence[Name], deadline: float) -> list[bytes | None]:
+        """What is there, or soon will be; None is also for what could not be found out.
+
+        Args:
+            deadline: by `monotonic`; of the time until then, half at the most is spent here.
+        """
+        found = {name: write[0] or None for name in names if (write := self._write_of(name))}
+        unknown = [name for name in names if name not in found]
+        is_taken = not self._is_closed and len(self._wanted) <= MAX_WANTED
+        if not (unknown and is_taken and self._reading.allows()):
+            return [found.get(name) for name in names]
+        loop, now = asyncio.get_running_loop(), monotonic()
+        futures: dict[Name, asyncio.Future[bytes | None]] = {}
+        for name in unknown:
+            future = futures[name] = loop.create_future()
             self._wanted.setdefault(name, []).append(future)
-            futures.append(future)
+            self._patience.add(future, now + (deadline - now) / 2)
         self._reader = self._reader or loop.create_task(self._read())
-        return [await future for future in futures]
+        return [await futures[name] if name in futures else found[name] for name in names]
 
     def put(self, name: Name, value: bytes, ttl_s: float) -> None:
         """Have `value` written."""
-        self._write_later(name, (value, ttl_s))
+        self._write_later(name, (value, max(1, int(ttl_s * 1000))))
 
     def discard(self, name: Name) -> None:
         """Have it deleted."""
-        self._write_later(name, None)
+        self._write_later(name, (b"", 0))
 
     async def close(self) -> None:
         self._is_closed = True
@@ -107,27 +130,43 @@ class RedisStore:
         with suppress(Exception):
             await self._redis.aclose()
 
-    def _let_go(self, wanted: dict[Name, list[asyncio.Future[bytes | None]]]) -> None:
-        for futures in wanted.values():
-            _resolve(futures, None)
+    def _write_of(self, name: Name) -> Write | None:
+        """What is on its way."""
+        return self._unwritten.get(name) or self._being_written.get(name)
+
+    def _resolve(self, wanted: Wanted, values: Sequence[bytes | None]) -> None:
+        for futures, value in zip(wanted.values(), values, strict=True):
+            for future in futures:
+                self._patience.discard(future)
+                if not future.done():
+                    future.set_result(value)
         wanted.clear()
+
+    def _let_go(self, wanted: Wanted) -> None:
+        self._resolve(wanted, [None] * len(wanted))
 
     async def _read(self) -> None:
         """Look up all that is wanted, until nothing is."""
-        wanted: dict[Name, list[asyncio.Future[bytes | None]]] = {}
+        wanted: Wanted = {}
         try:
             while self._wanted:
+                await self._gather_wanted()
                 names = list(self._wanted)[:MAX_KEYS]
                 wanted = {name: self._wanted.pop(name) for name in names}
-                values = await self._look_up(names)
-                for futures, value in zip(wanted.values(), values, strict=True):
-                    _resolve(futures, value)
+                self._resolve(wanted, await self._look_up(names))
                 if self._reading.state is not State.CLOSED:
                     return
         finally:
             self._reader = None
             self._let_go(wanted)
             self._let_go(self._wanted)
+
+    async def _gather_wanted(self) -> None:
+        """Wait for turns of the event loop until one of them brings nobody else."""
+        before = 0
+        while before < len(self._wanted) < MAX_KEYS:
+            before = len(self._wanted)
+            await asyncio.sleep(0)
 
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
@@ -146,8 +185,8 @@ class RedisStore:
         self._metrics.lookup_seconds.observe(perf_counter() - started)
         return found
 
-    def _write_later(self, name: Name, write: tuple[bytes, float] | None) -> None:
-        size = len(write[0]) if write else 0
+    def _write_later(self, name: Name, write: Write) -> None:
+        size = len(write[0])
         is_full = self._is_closed or len(self._unwritten) >= MAX_WRITES
         is_heavy = self._unwritten_bytes + size > MAX_WRITE_BYTES
         if is_full or is_heavy or (not self._writer and not self._writing.allows()):
@@ -163,36 +202,57 @@ class RedisStore:
         """Write all that is to be written, until nothing is."""
         try:
             while self._unwritten:
+                if len(self._unwritten) < MAX_KEYS:
+                    await asyncio.sleep(GATHERING_S)
                 names = list(self._unwritten)[:MAX_KEYS]
                 writes = {name: self._unwritten.pop(name) for name in names}
-                self._unwritten_bytes -= sum(len(write[0]) for write in writes.values() if write)
+                self._unwritten_bytes -= sum(len(value) for value, _ in writes.values())
+                self._being_written = writes
                 if not await self._send(writes):
                     self._metrics.dropped.inc(len(writes))
+                self._being_written = {}
                 if self._writing.state is not State.CLOSED:
                     return
         finally:
             self._writer = None
+            self._being_written = {}
             self._metrics.dropped.inc(len(self._unwritten))
             self._unwritten.clear()
             self._unwritten_bytes = 0
 
-    async def _send(self, writes: Mapping[Name, tuple[bytes, float] | None]) -> bool:
+    async def _send(self, writes: Mapping[Name, Write]) -> bool:
         """Whether all were written."""
         try:
-            commands = self._redis.pipeline(transaction=False)
-            for name, write in writes.items():
-                if write is None:
-                    commands.delete(name)
-                else:
-                    value, ttl_s = write
-                    commands.set(name, value, px=max(1, int(ttl_s * 1000)))
             async with asyncio.timeout(self._timeout_s):
-                await commands.execute()
+                if not (self._may_run_scripts and await self._run_script(writes)):
+                    await self._run_commands(writes)
         except Exception as error:
             await self._failed(self._writing, error)
             return False
         self._writing.worked()
         return True
+
+    async def _run_script(self, writes: Mapping[Name, Write]) -> bool:
+        """Whether the server takes scripts; not all do, nor from every user."""
+        arguments: list[Any] = [part for write in writes.values() for part in write]
+        try:
+            running: Any = self._redis.eval(WRITE_ALL, len(writes), *writes, *arguments)
+            await running
+        except ResponseError as error:
+            if isinstance(error, NoPermissionError) or "unknown command" in str(error):
+                self._may_run_scripts = False
+                return False
+            raise
+        return True
+
+    async def _run_commands(self, writes: Mapping[Name, Write]) -> None:
+        commands = self._redis.pipeline(transaction=False)
+        for name, (value, ttl_ms) in writes.items():
+            if ttl_ms:
+                commands.set(name, value, px=ttl_ms)
+            else:
+                commands.delete(name)
+        await commands.execute()
 
     async def _failed(self, breaker: Breaker, error: Exception) -> None:
         text = str(error) if isinstance(error, TOLD) else ""
@@ -219,7 +279,6 @@ def _checked(value: object) -> bytes | None:
     raise TypeError("MGET gave something else than bytes")
 
 
-def _resolve(futures: Sequence[asyncio.Future[bytes | None]], value: bytes | None) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(value)
+def _give_up(future: asyncio.Future[bytes | None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -325,6 +325,10 @@ class _Whole:
             ticket.withdraw()
         self.outlet.cancel()
 
+    def prolong(self, deadline: float) -> None:
+        for ticket in self.tickets:
+            ticket.prolong(deadline)
+
 
 class _Part:
     """The outlet of one of the parts."""

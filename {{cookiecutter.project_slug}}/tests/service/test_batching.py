@@ -444,6 +444,22 @@ class TestOverload:
 
         run(test())
 
+    @pytest.mark.parametrize("others", [[], ["x"]], ids=["in a batch", "in the queue"])
+    def test_a_deadline_can_be_put_off(self, others: list[str]) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=10))
+            requests = [submit(collecting, row) for row in others]
+            await settle()
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            ticket = collecting.enqueue(["a"], 5.0, answer)
+            await settle()
+            ticket.prolong(50.0)
+            ticket.prolong(1.0)
+            assert await answer == ["a!"]
+            await asyncio.gather(*requests)
+
+        run(test())
+
     def test_a_backlog_that_expired_is_forgotten(self) -> None:
         async def test() -> None:
             loop = asyncio.get_running_loop()

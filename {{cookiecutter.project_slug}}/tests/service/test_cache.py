@@ -207,6 +207,10 @@ class Asked:
     def __init__(self, outlet: Outlet[BasePrediction | ItemError]) -> None:
         self.outlet = outlet
         self.was_in_vain = False
+        self.deadline = 0.0
+
+    def prolong(self, deadline: float) -> None:
+        self.deadline = max(deadline, self.deadline)
 
     def withdraw(self) -> None:
         self.was_in_vain = not self.outlet.done()
@@ -433,6 +437,20 @@ class TestFlights:
             assert all(ys(answered) == [2] for answered in await asyncio.gather(*stayed))
             assert model.asked == [[1]]
             assert all(requests[number].cancelled() for number in leavers)
+
+        run(test)
+
+    def test_also_when_the_first_is_in_a_hurry(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            first = ask(cached, model, 1, deadline=monotonic() + 0.01)
+            patient = [ask(cached, model, 1) for _ in range(3)]
+            with pytest.raises(DeadlineExceeded):
+                await first
+            assert model.tickets[0].deadline == FAR
+            model.say()
+            assert all(ys(answered) == [2] for answered in await asyncio.gather(*patient))
+            assert model.asked == [[1]]
 
         run(test)
 

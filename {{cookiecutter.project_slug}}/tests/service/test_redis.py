@@ -390,8 +390,8 @@ class Redis:
         return self.answer
 
 
-def store_with(client: Redis) -> RedisStore:
-    store = RedisStore("redis://127.0.0.1:1", 0.05, StoreMetrics())
+def store_with(client: Redis, timeout_s: float = 0.05) -> RedisStore:
+    store = RedisStore("redis://127.0.0.1:1", timeout_s, StoreMetrics())
     store._redis.mget = client.mget  # type: ignore[method-assign,assignment]
     return store
 
@@ -407,31 +407,72 @@ def test_whatever_the_client_does_a_lookup_is_a_miss_and_it_recovers(answer: Any
         client.answer = answer
         store = store_with(client)
         for _ in range(3):
-            assert await store.get([b"a", b"b"]) == [None, None]
+            assert await store.get([b"a", b"b"], monotonic() + 60) == [None, None]
         assert store._reading.state.name == "OPEN"
         client.answer = [b"1", None]
         store._reading._open_until = 0  # The pause is over.
-        assert await store.get([b"a", b"b"]) == [b"1", None]
+        assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None]
         assert store._reading.state.name == "CLOSED"
         await store.close()
 
     asyncio.run(test())
 
 
-def test_closing_lets_nobody_wait() -> None:
-    class Silent(Redis):
-        async def mget(self, names: list[bytes]) -> Any:
-            await asyncio.sleep(1000)
+class Silent(Redis):
+    async def mget(self, names: list[bytes]) -> Any:
+        await asyncio.sleep(1000)
 
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - the store tells nobody
+            await asyncio.sleep(0)
+
+
+def test_who_is_in_a_hurry_does_without() -> None:
+    async def test() -> None:
+        store = store_with(Silent(), timeout_s=1000)
+        patient = asyncio.create_task(store.get([b"a"], monotonic() + 1000))
+        assert await store.get([b"a", b"b"], monotonic() + 0.02) == [None, None]
+        assert not patient.done()
+        await store.close()
+        assert await patient == [None]
+
+    asyncio.run(test())
+
+
+def test_what_is_on_its_way_is_there(start_redis: StartRedis) -> None:
+    """Else equal requests would ask the model again, where nothing is kept in memory."""
+    server = start_redis()
+
+    async def test() -> None:
+        store = RedisStore(server.url, 0.5, StoreMetrics())
+        server.client.set("b", "old")
+        store.put(b"a", b"1", 60)
+        store.discard(b"b")
+        assert await store.get([b"a", b"b", b"c"], monotonic() + 60) == [b"1", None, None]
+        server.signal(signal.SIGSTOP)
+        await until(lambda: not store._unwritten)
+        assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None], "being written"
+        server.signal(signal.SIGCONT)
+        await until(lambda: not store._writer)
+        assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None], "written"
+        assert server.client.get("a") == b"1"
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_closing_lets_nobody_wait() -> None:
     async def test() -> None:
         for turns in range(3):
             store = store_with(Silent())
-            waiting = asyncio.create_task(store.get([b"a"]))
+            waiting = asyncio.create_task(store.get([b"a"], monotonic() + 60))
             for _ in range(turns):
                 await asyncio.sleep(0)
             await store.close()
             assert await waiting == [None]
-            assert await store.get([b"a"]) == [None]
+            assert await store.get([b"a"], monotonic() + 60) == [None]
 
     asyncio.run(test())
 
