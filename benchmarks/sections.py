@@ -354,11 +354,11 @@ def cache(bench: Bench) -> list[Measurement]:
     """Our response cache: without, in memory, and in Redis alone, by how many rows are known."""
     found: list[Measurement] = []
     contestant, cores = bench.contestants[OURS], bench.cores
-    with redis_server(cores.load) as url:
+    with redis_server(cores.load) as redis:
         tiers = {
             "off": {"CACHE_ENABLED": "false"},
             "memory": {"CACHE_ENABLED": "true"},
-            "redis": {"CACHE_ENABLED": "true", "CACHE_MAX_BYTES": "0", "REDIS_URL": url},
+            "redis": {"CACHE_ENABLED": "true", "CACHE_MAX_BYTES": "0", "REDIS_URL": redis.url},
         }
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(contestant, bench.workloads[workload])
@@ -373,7 +373,7 @@ def cache(bench: Bench) -> list[Measurement]:
                         exchanges = mixed(known, fresh, share)
                         result = running.load(MANY, exchanges=exchanges)
                         found.append(show(about | {"point": f"known {share:.0%}"}, result))
-                    flush(url)
+                    flush(redis.url)
     return found
 
 

@@ -41,6 +41,7 @@ FILES = [
     "app/repository.py",
     "app/runner.py",
     "app/settings.py",
+    "app/shared_run.py",
     "app/tensor.py",
     "app/tensor_parser.py",
     "app/train.py",
@@ -69,6 +70,7 @@ FILES = [
     "requirements/train.in",
     "tests/service/conftest.py",
     "tests/service/server.py",
+    "tests/service/redis_server.py",
     "tests/service/predictors/double.py",
     "tests/service/predictors/faulty.py",
     "tests/service/predictors/gate.py",
@@ -85,10 +87,12 @@ FILES = [
     "tests/service/test_requirements.py",
     "tests/service/test_runner.py",
     "tests/service/test_settings.py",
+    "tests/service/test_shared_runs.py",
     "tests/service/test_start.py",
     "tests/service/test_stop.py",
     "tests/service/test_tensor.py",
     "tests/service/test_workers.py",
+    "tests/service/tls_proxy.py",
 ]
 ONNX_FILES = ["app/onnx.py", "tests/service/test_onnx.py"]
 

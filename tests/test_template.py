@@ -21,6 +21,7 @@ LAYERS = [
     {"inference"},
     {"repository", "discovery"},
     {"cache"},
+    {"shared_run"},
     {"batching", "runner", "tensor_parser"},
     {"tensor", "redis_store"},
     {

@@ -24,6 +24,7 @@ from app.errors import DeadlineExceeded, PredictionFailed
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
+from app.shared_run import Locks, SharedRun
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
@@ -74,7 +75,7 @@ class _Known(NamedTuple):
 class SharedStore(Protocol):
     """Where other processes find what this one knows; see app.redis_store.
 
-    Nothing here fails, and only `get` takes time.
+    Nothing here fails, and only `get` and `take` take time.
     """
 
     async def get(self, names: Sequence[bytes], deadline: float) -> Sequence[bytes | None]:
@@ -85,6 +86,22 @@ class SharedStore(Protocol):
 
     def discard(self, name: bytes) -> None:
         """Have it forgotten."""
+
+    async def take(self, names: Sequence[bytes], ttl_s: float) -> Sequence[bool]:
+        """Put something under those of `names` where nothing is, for `ttl_s` at most.
+
+        Whether there was nothing; true is also for what could not be found out.
+        """
+
+
+class Times(NamedTuple):
+    """In seconds."""
+
+    keep: float
+    """For how long an answer is given again."""
+
+    lock: float = 0
+    """For how long others that share a store wait for one that runs the model; 0: they do not."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,6 @@ class ResponseCache:
     Args:
         identity: what answers depend on beside the row.
         types: of rows and of answers.
-        ttl_s: for how long.
     """
 
     def __init__(
@@ -109,7 +125,7 @@ class ResponseCache:
         identity: Iterable[str],
         types: tuple[type[BaseFeatures], type[BasePrediction]],
         stores: Stores,
-        ttl_s: float,
+        times: Times,
         metrics: CacheMetrics,
     ) -> None:
         features, prediction = types
@@ -121,7 +137,7 @@ class ResponseCache:
         self._to_json = prediction.__pydantic_serializer__.to_json
         self._from_json = prediction.__pydantic_validator__.validate_json
         self._memory, self._shared = stores.memory, stores.shared
-        self._ttl_s = ttl_s
+        self._ttl_s, self._lock_s = times
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._runs: dict[Key, _Run] = {}
@@ -198,7 +214,7 @@ class ResponseCache:
         while not outcomes:
             run = None if refresh else self._runs.get(key)
             if run is None:
-                outcomes = await self._lead(keys, rows, submit, deadline)
+                outcomes = await self._lead(keys, rows, submit, deadline, refresh)
             else:
                 said = await self._follow(run, deadline)
                 outcomes = [said[key]] if said else ()
@@ -232,7 +248,7 @@ class ResponseCache:
             try:
                 if to_lead:
                     led = [row_of[key] for key in to_lead]
-                    outcomes = await self._lead(to_lead, led, submit, deadline)
+                    outcomes = await self._lead(to_lead, led, submit, deadline, refresh)
                     said |= dict(zip(to_lead, outcomes, strict=True))
                 # An error knows this frame by its traceback; the frame must not know the error.
                 for number in range(len(joined)):
@@ -243,11 +259,22 @@ class ResponseCache:
         return Answered([said[key] for key in keys], None)
 
     async def _lead(
-        self, keys: Keys, rows: Sequence[BaseFeatures], submit: Submit, deadline: float
+        self,
+        keys: Keys,
+        rows: Sequence[BaseFeatures],
+        submit: Submit,
+        deadline: float,
+        refresh: bool,
     ) -> Sequence[Outcome]:
         """What the model says of `rows`, and of `keys` to all who follow."""
         answer: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
-        run = _Run(keys, submit(rows, answer), answer, deadline)
+        if self._shared and self._lock_s and not refresh:
+            locks = self._locks(self._shared)
+            row_of = dict(zip(keys, rows, strict=True))
+            ticket: Ticket[Outcome] = SharedRun(row_of, submit, answer, deadline, locks)
+        else:
+            ticket = submit(rows, answer)
+        run = _Run(keys, ticket, answer, deadline)
         if not answer.done():
             for key in keys:
                 self._runs[key] = run
@@ -263,7 +290,24 @@ class ResponseCache:
             else:
                 self._part(run, answer)
             # An error knows this frame by its traceback; the frame must not know the error.
-            del run, answer
+            del run, answer, ticket
+
+    def _locks(self, shared: SharedStore) -> Locks:
+        def names(keys: Sequence[Key]) -> list[bytes]:
+            return [b"%b:lock" % self._name(key) for key in keys]
+
+        async def take(keys: Sequence[Key]) -> Sequence[bool]:
+            return await shared.take(names(keys), self._lock_s)
+
+        def release(keys: Sequence[Key]) -> None:
+            for name in names(keys):
+                shared.discard(name)
+
+        async def recall(keys: Sequence[Key], deadline: float) -> Mapping[Key, Outcome]:
+            known = await self._recall_shared(shared, keys, deadline)
+            return {key: found.prediction for key, found in known.items()}
+
+        return Locks(take, release, recall)
 
     async def _follow(self, run: _Run, deadline: float) -> Mapping[Key, Outcome]:
         """What `run` comes to; nothing, if that is of no use to others."""

@@ -128,6 +128,9 @@ class StoreMetrics:
         self.dropped = _redis_dropped
         self.failures = _redis_failures
         self.lookup_seconds = _redis_lookups
+        # To be seen before anything has failed.
+        self.breaker("lookups")
+        self.breaker("writes")
 
     def breaker(self, operations: Literal["lookups", "writes"]) -> Gauge:
         return _redis_breaker.labels(operations)

@@ -93,6 +93,11 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     cache_ttl_s: ClassVar[float | None] = None
     """For how long, in seconds, where the setting CACHE_TTL_S does not suit."""
 
+    cache_lock_s: ClassVar[float] = 0
+    """For a model that takes longer than Redis by far: about as many seconds as it may take. Of
+    all processes that share a Redis, one scores an equal row, and the others wait for it so long.
+    0: each does."""
+
     provider: Provider = "cpu"
     """What the model computes on; `load` sets it to "cuda" where that is so."""
 

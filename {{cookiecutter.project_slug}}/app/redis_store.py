@@ -119,6 +119,25 @@ class RedisStore:
         """Have it deleted."""
         self._write_later(name, (b"", 0))
 
+    async def take(self, names: Sequence[Name], ttl_s: float) -> list[bool]:
+        """Set those of `names` that are not there, for `ttl_s` at most.
+
+        Whether each was not there; true is also for what could not be found out.
+        """
+        if self._is_closed or not self._writing.allows():
+            return [True] * len(names)
+        try:
+            commands = self._redis.pipeline(transaction=False)
+            for name in names:
+                commands.set(name, b"", nx=True, px=max(1, int(ttl_s * 1000)))
+            async with asyncio.timeout(self._timeout_s):
+                taken = [answer is not None for answer in await commands.execute()]
+        except Exception as error:
+            await self._failed(self._writing, error)
+            return [True] * len(names)
+        self._writing.worked()
+        return taken
+
     async def close(self) -> None:
         self._is_closed = True
         tasks = [task for task in (self._reader, self._writer) if task]

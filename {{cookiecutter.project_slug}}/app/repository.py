@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from app import artifacts
 from app.artifacts import Artifact
 from app.batching import Collector, Limits, Outlet, Ticket
-from app.cache import ResponseCache, Stores
+from app.cache import ResponseCache, Stores, Times
 from app.discovery import PredictorClass, discover
 from app.errors import (
     ModelNotFound,
@@ -142,7 +142,7 @@ class ServedModel:
                 self._identity(artifact),
                 (predictor.features, predictor.prediction),
                 self._stores,
-                predictor.cache_ttl_s or settings.cache_ttl_s,
+                Times(predictor.cache_ttl_s or settings.cache_ttl_s, predictor.cache_lock_s),
                 CacheMetrics(self.name, artifact.version),
             )
             cache.check(predictor.example, self._sample)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import FAKES, Service, Start, publish
 
 
@@ -65,3 +66,23 @@ def pipe(tmp_path: Path) -> Path:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     return path
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
+    running: list[RedisServer] = []
+
+    def start(options: str = "") -> RedisServer:
+        running.append(RedisServer(tmp_path, options))
+        return running[-1].start()
+
+    yield start
+    for server in running:
+        server.client.close()
+        server.kill()
+
+
+@pytest.fixture
+def redis_url(start_redis: StartRedis) -> str:
+    """Of any Redis: that of REDIS_URL, which is left as it is but for new keys, or one started."""
+    return os.environ.get("REDIS_URL") or start_redis().url

