@@ -87,9 +87,9 @@ class Figures:
         return list(dict.fromkeys(entry[key] for entry in self.all(section) if key in entry))
 
 
-CACHE = """This template, 32 connections: without the cache, with it in memory, and with Redis alone
-(CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the requests that were
-sent before; of the others, none comes twice.
+CACHE = """This template over one connection and over 32: without the cache, with it in memory, and
+with Redis alone (CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the
+requests that were sent before; of the others, none comes twice.
 """
 
 
@@ -158,16 +158,16 @@ TARGETS = [
 
 
 CACHE_TARGETS = [
-    ("W1, all in memory, to none: throughput", 1.3, True,
-     ("per_s", "w1", ("memory", "100%"), ("memory", "0%"))),
-    ("W1, all in memory, to none: p50", 1.0, False,
-     ("p50_ms", "w1", ("memory", "100%"), ("memory", "0%"))),
-    ("W1, none in memory, to no cache: throughput", 0.92, True,
-     ("per_s", "w1", ("memory", "0%"), ("off", "0%"))),
-    ("W1, none in Redis, to no cache: throughput", 0.75, True,
-     ("per_s", "w1", ("redis", "0%"), ("off", "0%"))),
-    ("W2, all in Redis, to none: throughput", 10, True,
-     ("per_s", "w2", ("redis", "100%"), ("redis", "0%"))),
+    ("W1, 32 connections, all in memory, to none: throughput", 1.3, True,
+     ("per_s", "w1", 32, ("memory", "100%"), ("memory", "0%"))),
+    ("W1, 32 connections, all in memory, to none: p50", 1.0, False,
+     ("p50_ms", "w1", 32, ("memory", "100%"), ("memory", "0%"))),
+    ("W1, 32 connections, none in memory, to no cache: throughput", 0.92, True,
+     ("per_s", "w1", 32, ("memory", "0%"), ("off", "0%"))),
+    ("W1, 32 connections, none in Redis, to no cache: throughput", 0.75, True,
+     ("per_s", "w1", 32, ("redis", "0%"), ("off", "0%"))),
+    ("W2, 1 connection, all in Redis, to none: throughput", 10, True,
+     ("per_s", "w2", 1, ("redis", "100%"), ("redis", "0%"))),
 ]  # fmt: skip
 
 
@@ -378,25 +378,35 @@ def _growth(figures: Figures) -> str:
 def _cache(figures: Figures) -> str:
     parts = ["## The response cache\n", CACHE]
 
-    def median_of(what: str, workload: str, tier: str, point: str) -> Number:
-        return figures.median("cache", what, workload=workload, tier=tier, point=point)
+    def median_of(what: str, workload: str, connections: int, tier: str, point: str) -> Number:
+        asked = {"workload": workload, "connections": connections, "tier": tier, "point": point}
+        return figures.median("cache", what, **asked)
 
     points = figures.values("cache", "point")
     for workload in figures.values("cache", "workload"):
-        rows = [
-            [tier]
-            + [number(median_of("per_s", workload, tier, point)) for point in points]
-            + [number(median_of("p50_ms", workload, tier, point)) for point in points]
-            for tier in figures.values("cache", "tier")
-        ]
-        head = ["", *(f"req/s, {point}" for point in points)]
-        parts += [
-            f"{workload.upper()}:\n",
-            table([*head, *(f"p50 ms, {point}" for point in points)], rows),
-        ]
+        for connections in figures.values("cache", "connections"):
+            rows = [
+                [tier]
+                + [
+                    number(median_of(what, workload, connections, tier, point))
+                    for what in ("per_s", "p50_ms")
+                    for point in points
+                ]
+                for tier in figures.values("cache", "tier")
+            ]
+            head = ["", *(f"req/s, {point}" for point in points)]
+            parts += [
+                f"{workload.upper()}, {connections} connection{'s' * (connections > 1)}:\n",
+                table([*head, *(f"p50 ms, {point}" for point in points)], rows),
+            ]
 
-    def to(what: str, workload: str, ours: tuple[str, str], other: tuple[str, str]) -> Number:
-        found = [median_of(what, workload, tier, f"known {share}") for tier, share in (ours, other)]
+    def to(
+        what: str, workload: str, connections: int, ours: tuple[str, str], other: tuple[str, str]
+    ) -> Number:
+        found = [
+            median_of(what, workload, connections, tier, f"known {share}")
+            for tier, share in (ours, other)
+        ]
         return found[0] / found[1] if found[0] is not None and found[1] else None
 
     targets = [

@@ -35,6 +35,9 @@ KNOWN = [0.0, 0.5, 1.0]
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
 """More than are answered in a second, as none may come twice."""
 
+LEARNING_S = 1.0
+"""For so long the wait policy may learn how such a mixture of callers comes back."""
+
 POLICIES: dict[str, Environment] = {
     "learned": {"BATCH_POLICY": "learned"},
     **{
@@ -362,17 +365,27 @@ def cache(bench: Bench) -> list[Measurement]:
         }
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(contestant, bench.workloads[workload])
-            count = int(FRESH_PER_S[workload] * bench.seconds)
+            count = int(FRESH_PER_S[workload] * (LEARNING_S + 2 * bench.seconds))
+            learnt = int(FRESH_PER_S[workload] * LEARNING_S)
             fresh = exchanges_of(contestant, make_fresh(workload, MODELS, count))
             for number, tier in in_turns(bench, list(tiers)):
-                about = {"round": number, "workload": workload, "tier": tier}
+                about: dict[str, Any] = {
+                    "round": number,
+                    "workload": workload,
+                    "tier": tier,
+                }
                 for share in KNOWN:
                     # Anew for each, as what was fresh is known afterwards. It is warmed up with
                     # those that are to be known.
                     with bench.serve(OURS, workload, tiers[tier]) as running:
                         exchanges = mixed(known, fresh, share)
-                        result = running.load(MANY, exchanges=exchanges)
-                        found.append(show(about | {"point": f"known {share:.0%}"}, result))
+                        running.load(MANY, seconds=LEARNING_S, exchanges=exchanges[:learnt])
+                        half = (learnt + count) // 2
+                        one = running.load(1, exchanges=exchanges[learnt:half])
+                        many = running.load(MANY, exchanges=exchanges[half:])
+                        about["point"] = f"known {share:.0%}"
+                        found.append(show(about | {"connections": 1}, one))
+                        found.append(show(about | {"connections": MANY}, many))
                     flush(redis.url)
     return found
 
