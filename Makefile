@@ -80,6 +80,9 @@ lock: $(DEMO)/installed  ## Lock newest versions, with hashes, here and for each
 	for kind in onnx sklearn image; do ( cd '$(REQUIREMENTS)' && \
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in -o $$kind/service.lock && \
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in $$kind/train.in dev.in -o $$kind/dev.lock ) || exit 1; done
+	for kind in onnx image; do ( cd '$(REQUIREMENTS)' && \
+		sed -E 's/^onnxruntime\b/onnxruntime-gpu[cuda,cudnn]/' $$kind/model.in | \
+		../../$(DEMO)/bin/$(COMPILE) service.in - -o $$kind/service-cuda.lock ) || exit 1; done
 
 .PHONY: bench-lock
 bench-lock: $(DEMO)/installed  ## The same for those that are measured side by side

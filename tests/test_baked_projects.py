@@ -75,7 +75,7 @@ def test_it_passes_its_own_checks_and_keeps_what_its_readme_says(
     project.run("git", "init", "--quiet")
     project.run("git", "add", "--all")
 
-    run, curl, make_key, _ = commands(project.read("README.md"))
+    run, curl, make_key, *_ = commands(project.read("README.md"))
     with serving(project, run) as port:
         answer = json.loads(project.run("sh", "-c", curl.replace("8080", str(port))))
         assert answer["model"] == "churn"
@@ -114,7 +114,8 @@ def test_its_readme_says_how_to_do_without_make(bake: Callable[..., BakedProject
     project.run("sh", "-ec", install)
     table = re.findall(r"^\| `make (\w+)` \| (.*) \|$", project.read("README.md"), re.MULTILINE)
     plain = {target: re.findall(r"`([^`]+)`", cell) for target, cell in table}
-    assert plain.keys() == {"train", "run", "test", "lint", "format", "lock"}
+    images = {"image", "image-cuda", "run-image"}  # See test_image.py.
+    assert plain.keys() == {"train", "run", "test", "lint", "format", "lock"} | images
     train, serve = plain["run"]
     for command in [train, *plain["train"], *plain["lint"], *plain["format"]]:
         project.run("sh", "-c", command)

@@ -12,7 +12,9 @@ import pytest
 from tests.conftest import KINDS, BakedProject
 
 FILES = [
+    ".dockerignore",
     ".gitignore",
+    "Dockerfile",
     "Makefile",
     "README.md",
     "gunicorn.conf.py",
@@ -28,6 +30,7 @@ FILES = [
     "app/discovery.py",
     "app/errors.py",
     "app/faults.py",
+    "app/healthcheck.py",
     "app/inference.py",
     "app/lifecycle.py",
     "app/logs.py",
@@ -94,7 +97,7 @@ FILES = [
     "tests/service/test_workers.py",
     "tests/service/tls_proxy.py",
 ]
-ONNX_FILES = ["app/onnx.py", "tests/service/test_onnx.py"]
+ONNX_FILES = ["app/onnx.py", "requirements/service-cuda.lock", "tests/service/test_onnx.py"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ SETTINGS = (TEMPLATE / "app" / "settings.py").read_text(encoding="utf-8")
 PYTHON_FILES = sorted(TEMPLATE.rglob("*.py"))
 
 LAYERS = [
-    {"__main__", "worker", "publish", "train"},
+    {"__main__", "worker", "publish", "train", "healthcheck"},
     {"main"},
     {"api"},
     {"lifecycle"},
