@@ -1,13 +1,16 @@
 """Bakes the template, from a clean copy of what git knows, and runs what was baked."""
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.containers import Containers, missing_tools
 
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = REPOSITORY / "{{cookiecutter.project_slug}}"
@@ -104,3 +107,17 @@ def refuse(template: Path, tmp_path: Path) -> Callable[..., Refusal]:
         return Refusal(result.returncode, errors, left)
 
     return refuse
+
+
+@pytest.fixture(scope="session")
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    """What builds and runs images here, with the base image of the Dockerfile."""
+    if missing := missing_tools():
+        pytest.skip(f"images and manifests are not tested without {', '.join(missing)}")
+    containers = Containers(tmp_path_factory.mktemp("containers"))
+    dockerfile = (TEMPLATE / "Dockerfile").read_text(encoding="utf-8")
+    [base] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)", dockerfile, re.MULTILINE)
+    containers.make_base(base)
+    yield containers
+    containers.buildah("rm", "--all")
+    containers.buildah("rmi", "--all", "--force")

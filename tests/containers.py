@@ -68,11 +68,22 @@ class Containers:
         options = ["--variant=minbase", f"--include={PACKAGES}"]
         run("debootstrap", *options, found[1], root, mirror)
         shutil.copy(CERTIFICATES, root / CERTIFICATES.relative_to("/"))
+        self._take_kubectl(root)
         container = self.buildah("from", "scratch").strip()
         self.buildah("add", "--quiet", container, root, "/")
         self.buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container)
         self.buildah("commit", "--quiet", "--rm", container, image)
         shutil.rmtree(root)
+
+    def _take_kubectl(self, root: Path) -> None:
+        """That of this Debian; older ones have one that is too old."""
+        run("chroot", root, "sh", "-ec", "cd /tmp && apt-get download --quiet kubectl")
+        [package] = (root / "tmp").glob("kubectl_*.deb")
+        run("dpkg", "-x", package, self.folder / "kubectl")
+        package.unlink()
+
+    def kubectl(self, *arguments: str | Path) -> str:
+        return run(self.folder / "kubectl/usr/bin/kubectl", *arguments)
 
     @property
     def _build(self) -> list[str]:

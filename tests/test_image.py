@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BakedProject, cookiecutter
-from tests.containers import Container, Containers, missing_tools
+from tests.containers import Container, Containers
 from tests.test_baked_projects import free_port
 
 WAIT_S = 60
@@ -45,10 +45,6 @@ NOT_IMPORTED = {
     "protobuf",
 }
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_tools()), reason=f"images are not tested without {', '.join(missing_tools())}"
-)
-
 
 @pytest.fixture(scope="module")
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
@@ -67,18 +63,6 @@ def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedPr
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(SECRET)
     return project
-
-
-@pytest.fixture(scope="module")
-def containers(
-    project: BakedProject, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Containers]:
-    containers = Containers(tmp_path_factory.mktemp("containers"))
-    [base] = re.findall(r"ARG PYTHON_IMAGE=(\S+)", project.read("Dockerfile"))
-    containers.make_base(base)
-    yield containers
-    containers.buildah("rm", "--all")
-    containers.buildah("rmi", "--all", "--force")
 
 
 @pytest.fixture(scope="module")
