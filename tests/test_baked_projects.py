@@ -112,7 +112,7 @@ def test_its_readme_says_how_to_do_without_make(bake: Callable[..., BakedProject
     project.run("git", "add", "--all")
     *_, install = commands(project.read("README.md"))
     project.run("sh", "-ec", install)
-    table = re.findall(r"^\| `make (\w+)` \| (.*) \|$", project.read("README.md"), re.MULTILINE)
+    table = re.findall(r"^\| `make ([\w-]+)` \| (.*) \|$", project.read("README.md"), re.MULTILINE)
     plain = {target: re.findall(r"`([^`]+)`", cell) for target, cell in table}
     images = {"image", "image-cuda", "run-image"}  # See test_image.py.
     assert plain.keys() == {"train", "run", "test", "lint", "format", "lock"} | images
