@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import struct
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -20,11 +21,11 @@ from pydantic_core import PydanticSerializationError
 from app.batching import Outlet, Ticket, outcomes_of
 from app.canonical import Canonical
 from app.deadlines import Deadlines
-from app.errors import DeadlineExceeded, PredictionFailed
+from app.errors import DeadlineExceeded
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
-from app.shared_run import Locks, SharedRun
+from app.shared_run import Others, SharedRun
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
@@ -57,6 +58,9 @@ class _Run:
     deadline: float
     """Of that one, by `time.monotonic`."""
 
+    outdated: set[Key]
+    """Those of the keys that a later run was begun for: what this one says is not kept."""
+
 
 class Answered(NamedTuple):
     outcomes: Sequence[Outcome]
@@ -87,10 +91,10 @@ class SharedStore(Protocol):
     def discard(self, name: bytes) -> None:
         """Have it forgotten."""
 
-    async def take(self, names: Sequence[bytes], ttl_s: float) -> Sequence[bool]:
+    async def take(self, names: Sequence[bytes], ttl_s: float, deadline: float) -> Sequence[bool]:
         """Put something under those of `names` where nothing is, for `ttl_s` at most.
 
-        Whether there was nothing; true is also for what could not be found out.
+        Whether there was nothing; true is also for what could not be found out in time.
         """
 
 
@@ -268,22 +272,23 @@ class ResponseCache:
     ) -> Sequence[Outcome]:
         """What the model says of `rows`, and of `keys` to all who follow."""
         answer: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
+        outdated: set[Key] = set()
+        ticket: Ticket[Outcome]
         if self._shared and self._lock_s and not refresh:
-            locks = self._locks(self._shared)
             row_of = dict(zip(keys, rows, strict=True))
-            ticket: Ticket[Outcome] = SharedRun(row_of, submit, answer, deadline, locks)
+            others = self._others(self._shared, outdated)
+            ticket = SharedRun(row_of, submit, answer, deadline, others)
         else:
             ticket = submit(rows, answer)
-        run = _Run(keys, ticket, answer, deadline)
-        if not answer.done():
-            for key in keys:
-                self._runs[key] = run
+        run = _Run(keys, ticket, answer, deadline, outdated)
+        self._begin(run)
         try:
             outcomes = await answer
             if run.ticket.outlet is answer:
-                self.keep(keys, outcomes)
+                self.keep(run, outcomes)
             return outcomes
         finally:
+            self._waiting.discard(answer)
             if run.ticket.outlet is answer:
                 run.ticket.withdraw()
                 self.forget(run)
@@ -292,12 +297,20 @@ class ResponseCache:
             # An error knows this frame by its traceback; the frame must not know the error.
             del run, answer, ticket
 
-    def _locks(self, shared: SharedStore) -> Locks:
+    def _begin(self, run: _Run) -> None:
+        """From now on it can be followed."""
+        for key in run.keys:
+            if earlier := self._runs.pop(key, None):
+                earlier.outdated.add(key)
+            if not run.leader.done():
+                self._runs[key] = run
+
+    def _others(self, shared: SharedStore, outdated: set[Key]) -> Others:
         def names(keys: Sequence[Key]) -> list[bytes]:
             return [b"%b:lock" % self._name(key) for key in keys]
 
-        async def take(keys: Sequence[Key]) -> Sequence[bool]:
-            return await shared.take(names(keys), self._lock_s)
+        async def take(keys: Sequence[Key], deadline: float) -> Sequence[bool]:
+            return await shared.take(names(keys), self._lock_s, deadline)
 
         def release(keys: Sequence[Key]) -> None:
             for name in names(keys):
@@ -307,7 +320,10 @@ class ResponseCache:
             known = await self._recall_shared(shared, keys, deadline)
             return {key: found.prediction for key, found in known.items()}
 
-        return Locks(take, release, recall)
+        def keep(keys: Sequence[Key], outcomes: Sequence[Outcome]) -> None:
+            self._keep(keys, outcomes, outdated)
+
+        return Others(self._lock_s, take, release, recall, keep)
 
     async def _follow(self, run: _Run, deadline: float) -> Mapping[Key, Outcome]:
         """What `run` comes to; nothing, if that is of no use to others."""
@@ -408,12 +424,17 @@ class ResponseCache:
             self.metrics.invalid.inc()
             return None
 
-    def keep(self, keys: Keys, outcomes: Sequence[Outcome]) -> None:
-        """Keep those of `outcomes` that are predictions."""
+    def keep(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
+        """Keep what `run` says, as far as it is new and nobody has asked again meanwhile."""
+        # What a shared run gives may be what another process said, and has been kept.
+        if not isinstance(run.ticket, SharedRun):
+            self._keep(run.keys, outcomes, run.outdated)
+
+    def _keep(self, keys: Sequence[Key], outcomes: Sequence[Outcome], outdated: set[Key]) -> None:
         now = time()
         for key, outcome in zip(keys, outcomes, strict=True):
             # No ItemError; nor what has more to it than can be read again.
-            if type(outcome) is not self._prediction:
+            if type(outcome) is not self._prediction or key in outdated:
                 continue
             try:
                 value = HEAD.pack(FORMAT, now, key[:16]) + self._to_json(outcome, by_alias=True)
@@ -454,7 +475,7 @@ class _Flight:
 
     def set_result(self, outcomes: Sequence[Outcome]) -> None:
         self._end()
-        self._cache.keep(self._run.keys, outcomes)
+        self._cache.keep(self._run, outcomes)
         if not self._leader.done():
             self._leader.set_result(outcomes)
         said = dict(zip(self._run.keys, outcomes, strict=True))
@@ -469,12 +490,13 @@ class _Flight:
         for landing in self.waiting:
             if landing.done():
                 continue
-            if isinstance(error, PredictionFailed) and len(self._run.keys) == 1:
-                # Of the same row they would see the same. Of several, it may be of another.
-                landing.set_exception(PredictionFailed(error.detail))
-            else:
-                # That who led was too late, say, is not true of everybody: they ask again.
+            if isinstance(error, DeadlineExceeded) or len(self._run.keys) > 1:
+                # That who led was too late is not true of everybody, and what is wrong with one
+                # of several rows, not of each: they ask again.
                 landing.set_result({})
+            else:
+                # Of the same row they would see the same.
+                landing.set_exception(copy(error).with_traceback(None))
 
     def cancel(self) -> None:
         """Nobody waits any more."""

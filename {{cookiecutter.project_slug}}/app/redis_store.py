@@ -8,10 +8,10 @@ for each would take longer than a small model does.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic, perf_counter
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
@@ -55,9 +55,91 @@ end
 """To redis-py a command for each write is several times as much work."""
 
 Name = bytes
-Wanted = dict[Name, list[asyncio.Future[bytes | None]]]
+QuestionT = TypeVar("QuestionT", bound=Hashable)
+AnswerT = TypeVar("AnswerT")
 Write = tuple[bytes, int]
 """A value, and for how many milliseconds to keep it; for none: it is to be deleted."""
+
+
+class _Questions(Generic[QuestionT, AnswerT]):
+    """What many want to know, asked together.
+
+    Those who come while an exchange is under way share the next one. Whoever asks gets None if
+    the store is left alone, the exchange fails, or takes too long.
+    """
+
+    def __init__(
+        self, exchange: Callable[[Sequence[QuestionT]], Awaitable[list[AnswerT]]], breaker: Breaker
+    ) -> None:
+        self._exchange = exchange
+        self._breaker = breaker
+        self._wanted: dict[QuestionT, list[asyncio.Future[AnswerT | None]]] = {}
+        self._patience: Deadlines[asyncio.Future[AnswerT | None]] = Deadlines(_give_up)
+        self._asking: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    async def answers(
+        self, questions: Sequence[QuestionT], deadline: float
+    ) -> list[AnswerT | None]:
+        """One for each. Of the time until `deadline` half is spent here at the most."""
+        is_full = self._is_closed or len(self._wanted) > MAX_WANTED
+        if is_full or not questions or not self._breaker.allows():
+            return [None] * len(questions)
+        loop, now = asyncio.get_running_loop(), monotonic()
+        futures = []
+        for question in questions:
+            future: asyncio.Future[AnswerT | None] = loop.create_future()
+            self._wanted.setdefault(question, []).append(future)
+            self._patience.add(future, now + (deadline - now) / 2)
+            futures.append(future)
+        self._asking = self._asking or loop.create_task(self._ask())
+        return [await future for future in futures]
+
+    async def close(self) -> None:
+        self._is_closed = True
+        if self._asking:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+        # A task that never began has resolved nothing.
+        self._let_go(self._wanted)
+
+    async def _ask(self) -> None:
+        """Ask about all that is wanted, until nothing is."""
+        wanted: dict[QuestionT, list[asyncio.Future[AnswerT | None]]] = {}
+        try:
+            while self._wanted:
+                await self._gather()
+                questions = list(self._wanted)[:MAX_KEYS]
+                wanted = {question: self._wanted.pop(question) for question in questions}
+                self._resolve(wanted, await self._exchange(questions))
+                if self._breaker.state is not State.CLOSED:
+                    return
+        finally:
+            self._asking = None
+            self._let_go(wanted)
+            self._let_go(self._wanted)
+
+    async def _gather(self) -> None:
+        """Wait for turns of the event loop until one of them brings nobody else."""
+        before = 0
+        while before < len(self._wanted) < MAX_KEYS:
+            before = len(self._wanted)
+            await asyncio.sleep(0)
+
+    def _resolve(
+        self,
+        wanted: dict[QuestionT, list[asyncio.Future[AnswerT | None]]],
+        answers: Sequence[AnswerT | None],
+    ) -> None:
+        for futures, answer in zip(wanted.values(), answers, strict=True):
+            for future in futures:
+                self._patience.discard(future)
+                if not future.done():
+                    future.set_result(answer)
+        wanted.clear()
+
+    def _let_go(self, wanted: dict[QuestionT, list[asyncio.Future[AnswerT | None]]]) -> None:
+        self._resolve(wanted, [None] * len(wanted))
 
 
 class RedisStore:
@@ -81,9 +163,8 @@ class RedisStore:
         self._reading = Breaker(lambda state: self._note("lookups", state))
         self._writing = Breaker(lambda state: self._note("writes", state))
         self._fault = ""
-        self._wanted: Wanted = {}
-        self._patience: Deadlines[asyncio.Future[bytes | None]] = Deadlines(_give_up)
-        self._reader: asyncio.Task[None] | None = None
+        self._lookups = _Questions(self._look_up, self._reading)
+        self._locks = _Questions(self._set_new, self._writing)
         self._unwritten: dict[Name, Write] = {}
         self._unwritten_bytes = 0
         self._being_written: Mapping[Name, Write] = {}
@@ -97,19 +178,10 @@ class RedisStore:
         Args:
             deadline: by `monotonic`; of the time until then, half at the most is spent here.
         """
-        found = {name: write[0] or None for name in names if (write := self._write_of(name))}
-        unknown = [name for name in names if name not in found]
-        is_taken = not self._is_closed and len(self._wanted) <= MAX_WANTED
-        if not (unknown and is_taken and self._reading.allows()):
-            return [found.get(name) for name in names]
-        loop, now = asyncio.get_running_loop(), monotonic()
-        futures: dict[Name, asyncio.Future[bytes | None]] = {}
-        for name in unknown:
-            future = futures[name] = loop.create_future()
-            self._wanted.setdefault(name, []).append(future)
-            self._patience.add(future, now + (deadline - now) / 2)
-        self._reader = self._reader or loop.create_task(self._read())
-        return [await futures[name] if name in futures else found[name] for name in names]
+        pending = {name: write[0] or None for name in names if (write := self._pending(name))}
+        unknown = [name for name in names if name not in pending]
+        found = dict(zip(unknown, await self._lookups.answers(unknown, deadline), strict=True))
+        return [pending[name] if name in pending else found[name] for name in names]
 
     def put(self, name: Name, value: bytes, ttl_s: float) -> None:
         """Have `value` written."""
@@ -119,73 +191,32 @@ class RedisStore:
         """Have it deleted."""
         self._write_later(name, (b"", 0))
 
-    async def take(self, names: Sequence[Name], ttl_s: float) -> list[bool]:
+    async def take(self, names: Sequence[Name], ttl_s: float, deadline: float) -> list[bool]:
         """Set those of `names` that are not there, for `ttl_s` at most.
 
-        Whether each was not there; true is also for what could not be found out.
+        Whether each was not there; true is also for what could not be found out. Of the time until
+        `deadline` half is spent here at the most.
         """
-        if self._is_closed or not self._writing.allows():
-            return [True] * len(names)
-        try:
-            commands = self._redis.pipeline(transaction=False)
-            for name in names:
-                commands.set(name, b"", nx=True, px=max(1, int(ttl_s * 1000)))
-            async with asyncio.timeout(self._timeout_s):
-                taken = [answer is not None for answer in await commands.execute()]
-        except Exception as error:
-            await self._failed(self._writing, error)
-            return [True] * len(names)
-        self._writing.worked()
-        return taken
+        ttl_ms = max(1, int(ttl_s * 1000))
+        answers = await self._locks.answers([(name, ttl_ms) for name in names], deadline)
+        return [answer is not False for answer in answers]
 
     async def close(self) -> None:
+        # What was said last is of use to others, and so is that nobody runs it any more.
+        if self._writer:
+            await asyncio.wait([self._writer], timeout=self._timeout_s)
         self._is_closed = True
-        tasks = [task for task in (self._reader, self._writer) if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        # A task that never began has resolved nothing.
-        self._let_go(self._wanted)
+        if self._writer:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+        await self._lookups.close()
+        await self._locks.close()
         with suppress(Exception):
             await self._redis.aclose()
 
-    def _write_of(self, name: Name) -> Write | None:
+    def _pending(self, name: Name) -> Write | None:
         """What is on its way."""
         return self._unwritten.get(name) or self._being_written.get(name)
-
-    def _resolve(self, wanted: Wanted, values: Sequence[bytes | None]) -> None:
-        for futures, value in zip(wanted.values(), values, strict=True):
-            for future in futures:
-                self._patience.discard(future)
-                if not future.done():
-                    future.set_result(value)
-        wanted.clear()
-
-    def _let_go(self, wanted: Wanted) -> None:
-        self._resolve(wanted, [None] * len(wanted))
-
-    async def _read(self) -> None:
-        """Look up all that is wanted, until nothing is."""
-        wanted: Wanted = {}
-        try:
-            while self._wanted:
-                await self._gather_wanted()
-                names = list(self._wanted)[:MAX_KEYS]
-                wanted = {name: self._wanted.pop(name) for name in names}
-                self._resolve(wanted, await self._look_up(names))
-                if self._reading.state is not State.CLOSED:
-                    return
-        finally:
-            self._reader = None
-            self._let_go(wanted)
-            self._let_go(self._wanted)
-
-    async def _gather_wanted(self) -> None:
-        """Wait for turns of the event loop until one of them brings nobody else."""
-        before = 0
-        while before < len(self._wanted) < MAX_KEYS:
-            before = len(self._wanted)
-            await asyncio.sleep(0)
 
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
@@ -202,17 +233,35 @@ class RedisStore:
             return [None] * len(names)
         self._reading.worked()
         self._metrics.lookup_seconds.observe(perf_counter() - started)
-        return found
+        # What has been said since the question is newer.
+        return [
+            (write[0] or None) if (write := self._pending(name)) else value
+            for name, value in zip(names, found, strict=True)
+        ]
+
+    async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool | None]:
+        """Whether each was not there; with the milliseconds that it is to last."""
+        try:
+            commands = self._redis.pipeline(transaction=False)
+            for name, ttl_ms in locks:
+                commands.set(name, b"", nx=True, px=ttl_ms)
+            async with asyncio.timeout(self._timeout_s):
+                answers = await commands.execute()
+        except Exception as error:
+            await self._failed(self._writing, error)
+            return [None] * len(locks)
+        self._writing.worked()
+        return [answer is not None for answer in answers]
 
     def _write_later(self, name: Name, write: Write) -> None:
+        replaced = self._unwritten.pop(name, None)
+        self._unwritten_bytes -= len(replaced[0]) if replaced else 0
         size = len(write[0])
         is_full = self._is_closed or len(self._unwritten) >= MAX_WRITES
         is_heavy = self._unwritten_bytes + size > MAX_WRITE_BYTES
         if is_full or is_heavy or (not self._writer and not self._writing.allows()):
             self._metrics.dropped.inc()
             return
-        if replaced := self._unwritten.get(name):
-            self._unwritten_bytes -= len(replaced[0])
         self._unwritten[name] = write
         self._unwritten_bytes += size
         self._writer = self._writer or asyncio.create_task(self._write())
@@ -279,10 +328,13 @@ class RedisStore:
             text = text.replace(self._password, "***")
         self._fault = f"{type(error).__name__}: {text}"[:MAX_FAULT_CHARS]
         self._metrics.failures.inc()
-        breaker.failed()
-        # What is left on a connection must not answer the next question.
-        with suppress(Exception):
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
+        try:
+            # What is left on a connection must not answer the next question.
+            with suppress(Exception):
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
+        finally:
+            # Last, as from here on somebody may try again, in an exchange of its own.
+            breaker.failed()
 
     def _note(self, what: Literal["lookups", "writes"], state: State) -> None:
         self._metrics.breaker(what).set(state.value)
@@ -298,6 +350,6 @@ def _checked(value: object) -> bytes | None:
     raise TypeError("MGET gave something else than bytes")
 
 
-def _give_up(future: asyncio.Future[bytes | None]) -> None:
+def _give_up(future: asyncio.Future[Any]) -> None:
     if not future.done():
         future.set_result(None)

@@ -20,7 +20,13 @@ from pydantic import Field, SecretStr, field_serializer, field_validator
 from app.batching import Outlet, Ticket
 from app.cache import HEAD, Answered, ResponseCache, Stores, Times
 from app.canonical import Canonical
-from app.errors import DeadlineExceeded, NotReady, PredictionFailed
+from app.errors import (
+    DeadlineExceeded,
+    NotReady,
+    Overloaded,
+    PredictionFailed,
+    ServiceError,
+)
 from app.memory_store import ENTRY_OVERHEAD_BYTES, MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
@@ -355,6 +361,22 @@ class TestAnswers:
 
         run(test)
 
+    def test_an_older_run_does_not_override_a_refresh(self) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            before = ask(cached, model, 1)
+            await settle()
+            fresh = ask(cached, model, 1, refresh=True)
+            await settle()
+            model.say(1, Answer(y=777))
+            await fresh
+            model.say(0)
+            assert ys(await before) == [2]
+            assert ys(await ask(cached, model, 1)) == [777]
+            assert len(model.asked) == 2
+
+        run(test)
+
     def test_refreshing_asks_and_keeps(self) -> None:
         async def test() -> None:
             cached, model = cache(), Model()
@@ -474,8 +496,9 @@ class TestFlights:
 
         run(test)
 
-    @pytest.mark.parametrize("error", [DeadlineExceeded("late"), NotReady("no")])
-    def test_what_befell_the_first_alone_is_not_passed_on(self, error: Exception) -> None:
+    def test_what_befell_the_first_alone_is_not_passed_on(self) -> None:
+        error = DeadlineExceeded("late")
+
         async def test() -> None:
             cached, model = cache(), Model()
             requests = [ask(cached, model, 1) for _ in range(5)]
@@ -504,6 +527,20 @@ class TestFlights:
             assert len(model.asked) == 2, "it is not kept"
             model.say()
             await again
+
+        run(test)
+
+    @pytest.mark.parametrize("error", [Overloaded("full", 1.5), NotReady("no")])
+    def test_a_refusal_is_everybodys(self, error: ServiceError) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            requests = [ask(cached, model, 1) for _ in range(3)]
+            await settle()
+            model.tickets[0].outlet.set_exception(error)
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert [str(answer) for answer in answers] == [str(error)] * 3
+            assert [answer.__dict__ for answer in answers] == [error.__dict__] * 3
+            assert model.asked == [[1]]
 
         run(test)
 

@@ -19,7 +19,7 @@ import redis
 
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
-from app.redis_store import RedisStore
+from app.redis_store import MAX_WRITES, RedisStore
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import PROJECT, WAIT_S, Service, Start, publish
 from tests.service.test_batches import sample
@@ -431,6 +431,19 @@ def test_what_is_on_its_way_is_there(start_redis: StartRedis) -> None:
         await until(lambda: not store._writer)
         assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None], "written"
         assert server.client.get("a") == b"1"
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_when_too_much_waits_an_older_value_is_not_written_for_a_newer_one() -> None:
+    async def test() -> None:
+        store = store_with(Silent())
+        store.put(b"a", b"old", 60)
+        for number in range(MAX_WRITES):
+            store.put(b"%d" % number, b"", 60)
+        store.put(b"a", b"new", 60)
+        assert await store.get([b"a"], monotonic() + 60) in ([b"new"], [None])
         await store.close()
 
     asyncio.run(test())

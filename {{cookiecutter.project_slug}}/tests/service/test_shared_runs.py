@@ -1,6 +1,7 @@
 """One run for all who ask the same: for a thousand callers of a process, and across processes."""
 
 import asyncio
+import gc
 import json
 import resource
 import signal
@@ -8,12 +9,14 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
+from app.breaker import State
 from app.cache import ResponseCache, Stores, Times
-from app.errors import DeadlineExceeded, NotReady
+from app.errors import NotReady, PredictionFailed
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics, StoreMetrics
 from app.redis_store import RedisStore
@@ -68,6 +71,10 @@ def run(server: RedisServer, test: Test, lock_s: float = 60) -> None:
 def is_locked(server: RedisServer) -> bool:
     names: Any = server.client.keys("*:lock")
     return bool(names)
+
+
+def has_asked_more(model: Model, times: int) -> bool:
+    return len(model.asked) > times
 
 
 class TestLocks:
@@ -139,15 +146,101 @@ class TestLocks:
 
         run(server, test)
 
-    def test_who_waits_for_another_process_has_a_deadline(self, server: RedisServer) -> None:
+    def test_nobody_waits_for_others_for_more_than_half_of_its_time(
+        self, server: RedisServer
+    ) -> None:
         async def test(one: Process, two: Process) -> None:
-            loop = asyncio.get_running_loop()
             first = one.ask(1)
             await one.until_asked([1])
-            with pytest.raises(DeadlineExceeded):
-                await two.ask(1, deadline=loop.time() + 0.05)
+            second = two.ask(1, deadline=monotonic() + 0.2)
+            await two.until_asked([1])
+            two.model.say()
+            assert ys(await second) == [2]
             one.model.say()
             assert ys(await first) == [2]
+
+        run(server, test)
+
+    def test_many_at_once_are_one_exchange(self, server: RedisServer) -> None:
+        async def test(one: Process, _: Process) -> None:
+            requests = [one.ask(x) for x in range(100)]
+            await until(lambda: len(one.model.asked) == 100)
+            names: Any = server.client.keys("*:lock")
+            assert len(names) == 100
+            assert one.redis._writing.state is State.CLOSED
+            for number in range(100):
+                one.model.say(number)
+            await asyncio.gather(*requests)
+            await until(lambda: not is_locked(server))
+
+        run(server, test)
+
+    def test_who_leaves_while_it_asks_for_a_lock_leaves_none(self, server: RedisServer) -> None:
+        async def test(one: Process, two: Process) -> None:
+            for turns in range(8):
+                first = one.ask(1)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+            await until(lambda: not one.redis._locks._asking and not one.redis._writer)
+            second = two.ask(1)
+            await until(lambda: two.model.asked)
+            two.model.say()
+            assert ys(await second) == [2]
+
+        run(server, test)
+
+    def test_a_process_that_ends_takes_its_locks_with_it(self, server: RedisServer) -> None:
+        async def test(one: Process, _: Process) -> None:
+            first = one.ask(1)
+            await one.until_asked([1])
+            one.model.tickets[0].outlet.set_exception(NotReady("The service is stopping."))
+            with pytest.raises(NotReady):
+                await first
+            await one.redis.close()
+            assert not is_locked(server)
+
+        run(server, test)
+
+    def test_an_answer_of_others_is_not_kept_anew(self, server: RedisServer) -> None:
+        async def test(one: Process, two: Process) -> None:
+            early = two.ask(1)
+            await two.until_asked([1])
+            two.model.say()
+            await early
+            # Of two rows one is known, the other takes its time.
+            many = one.ask(1, 2)
+            await one.until_asked([2])
+            fresh = one.ask(1, refresh=True)
+            await one.until_asked([2], [1])
+            one.model.say(1, Answer(y=777))
+            await fresh
+            one.model.say(0)
+            await many
+            assert ys(await one.ask(1)) == [777]
+
+        run(server, test)
+
+    def test_it_leaves_nothing_for_the_garbage_collector(self, server: RedisServer) -> None:
+        async def test(one: Process, _: Process) -> None:
+            async def fail() -> None:
+                for end in ("leaves", "fails"):
+                    asked = len(one.model.asked)
+                    request = one.ask(1)
+                    await until(partial(has_asked_more, one.model, asked))
+                    if end == "leaves":
+                        request.cancel()
+                    else:
+                        one.model.tickets[-1].outlet.set_exception(PredictionFailed("broken"))
+                    await asyncio.gather(request, return_exceptions=True)
+                    await until(lambda: not is_locked(server))
+                one.model.tickets.clear()
+
+            await fail()
+            gc.collect()
+            await fail()
+            assert gc.collect() == 0
 
         run(server, test)
 
