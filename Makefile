@@ -81,7 +81,7 @@ lock: $(DEMO)/installed  ## Lock newest versions, with hashes, here and for each
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in -o $$kind/service.lock && \
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in $$kind/train.in dev.in -o $$kind/dev.lock ) || exit 1; done
 	for kind in onnx image; do ( cd '$(REQUIREMENTS)' && \
-		sed -E 's/^onnxruntime\b/onnxruntime-gpu[cuda,cudnn]/' $$kind/model.in | \
+		sed -E 's/^onnxruntime([^-_.A-Za-z0-9]|$$)/onnxruntime-gpu[cuda,cudnn]\1/' $$kind/model.in | \
 		../../$(DEMO)/bin/$(COMPILE) service.in - -o $$kind/service-cuda.lock ) || exit 1; done
 
 .PHONY: bench-lock

@@ -4,6 +4,7 @@ The base image is not pulled. A bootstrapped Debian with the same Python stands 
 its name, and trusts whom this machine trusts.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +24,11 @@ PIP_CONF = f"[global]\ncert = {CERTIFICATES}\n"
 
 
 def missing_tools() -> list[str]:
-    return [tool for tool in TOOLS if not shutil.which(tool)]
+    """What is missing here to build and run images; root on a Debian is needed, too."""
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if not re.search("^ID=debian$", Path("/etc/os-release").read_text(), re.MULTILINE):
+        missing.append("Debian")
+    return missing + (["root"] if os.geteuid() else [])
 
 
 def run(*command: str | Path, folder: Path | None = None, check: bool = True) -> str:

@@ -32,6 +32,8 @@ PLANTED = [
     "predictors/.netrc",
     "artifacts/password",
     "artifacts/fraud/password",
+    "artifacts/fraud/2-old/password",
+    "artifacts/fraud/copy of 2/password",
     "requirements/pip.conf",
 ]
 
@@ -180,7 +182,7 @@ def test_it_runs_with_nothing_to_write_to_and_no_rights(containers: Containers, 
         assert re.search(r"^Uid:\t10001\t10001\t", status, re.MULTILINE)
         assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
         assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
-        container.execute("python", "-m", "app.healthcheck")
+        container.execute("python", "app/healthcheck.py")
         for path in ("/health", "/startup", "/ready"):
             service.get(path)
         assert service.get("/v1/models")["models"][0]["version"] == "2"
@@ -257,6 +259,28 @@ def test_without_a_model_it_says_what_to_do(project: BakedProject) -> None:
     )
     assert done.returncode
     assert "make train" in done.stderr
+
+
+def layers(containers: Containers, image: str) -> list[str]:
+    [about] = json.loads(containers.podman("image", "inspect", image))
+    found: list[str] = about["RootFS"]["Layers"]
+    return found
+
+
+def test_only_what_has_changed_is_sent_again(
+    project: BakedProject, containers: Containers, image: str
+) -> None:
+    copy = BakedProject(project.path.parent / "changed")
+    shutil.copytree(project.path, copy.path)
+    before = layers(containers, containers.build(copy.path, "cpu"))
+    assert before == layers(containers, image), "built anew from the same files"
+    copy.write("app/main.py", copy.read("app/main.py") + "\n# Changed.\n")
+    new_code = layers(containers, containers.build(copy.path, "cpu"))
+    assert sum(old != new for old, new in zip(before, new_code, strict=True)) == 1
+    copy.run("python", "-m", "training.fraud")
+    new_model = layers(containers, containers.build(copy.path, "cpu"))
+    assert sum(old != new for old, new in zip(new_code, new_model, strict=True)) == 1
+    assert new_model[:-1] == new_code[:-1]
 
 
 @pytest.mark.usefixtures("image")
