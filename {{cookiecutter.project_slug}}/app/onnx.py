@@ -1,5 +1,6 @@
 """Opening an ONNX Runtime session well: the right device or a clear refusal, and sane threads."""
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -45,10 +46,22 @@ def open_session(path: Path, device: Device, threads: int | None = None) -> ort.
     session = ort.InferenceSession(path, options, providers=providers)
     if device == "cuda" and provider_of(session) != "cuda":
         raise StartupError(
-            "DEVICE=cuda, but the CUDA provider did not start; check the NVIDIA driver and the "
-            "CUDA and cuDNN libraries, or set DEVICE=cpu"
+            f"DEVICE=cuda, but the CUDA provider did not start: {_missing_library()}; check the "
+            "NVIDIA driver and the CUDA and cuDNN libraries, or set DEVICE=cpu"
         )
     return session
+
+
+def _missing_library() -> str:
+    """What the CUDA provider lacks, which onnxruntime writes to stderr and tells nobody."""
+    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    # The driver's comes first: without it the others are of no use.
+    for library in ("libcuda.so.1", str(provider)):
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            return " ".join(str(error).split())
+    return "all of its libraries are there"
 
 
 def provider_of(session: ort.InferenceSession) -> Provider:

@@ -40,6 +40,22 @@ def test_a_gpu_that_is_demanded_and_not_there_is_refused(model: Path) -> None:
         sessions.open_session(model, "cuda")
 
 
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
+def test_a_provider_that_does_not_start_is_refused_with_the_library_that_is_missing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with onnxruntime-gpu where there is no driver; see the image for CUDA."""
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: offered)
+    monkeypatch.setattr(ort, "preload_dlls", lambda **_: None)
+    with (
+        pytest.warns(UserWarning, match="not in available provider names"),
+        pytest.raises(StartupError, match=r"did not start: lib\w+") as refusal,
+    ):
+        sessions.open_session(model, "cuda")
+    assert "\n" not in str(refusal.value)
+
+
 def test_threads_are_those_of_the_process_not_of_the_machine(model: Path) -> None:
     options = sessions.open_session(model, "cpu").get_session_options()
     assert options.intra_op_num_threads == sessions.usable_cpus()
