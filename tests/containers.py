@@ -99,11 +99,12 @@ class Containers:
     def _run(self) -> list[str]:
         return [*self._podman, "run", "--pull=never", "--network", "host", *LIMITS]
 
-    def build(self, folder: Path, target: str) -> str:
+    def build(self, folder: Path, target: str, *options: str) -> str:
         """The name of the image that `folder` becomes."""
         image = f"localhost/{folder.name}:{target}"
         secret = f"id=pip,src={self._pip_conf}"
-        run(*self._build, "--target", target, "--tag", image, "--secret", secret, folder)
+        named = ["--target", target, "--tag", image, "--secret", secret]
+        run(*self._build, *named, *options, folder)
         return image
 
     def engine(self) -> dict[str, str]:
