@@ -15,7 +15,7 @@ wsgi_app = "app.main:create_app()"
 # By its name: what it imports must not be imported before the directory below is set.
 worker_class = "app.worker.Worker"
 host = f"[{settings.bind_address}]" if ":" in settings.bind_address else settings.bind_address
-bind = f"{host}:{settings.port}"
+bind = f"{host}:{settings.listening_port}"
 workers = settings.web_concurrency
 logconfig_dict = logging_config(settings)
 

@@ -15,7 +15,7 @@ HERE = {"0.0.0.0": "127.0.0.1", "::": "localhost"}
 
 def main() -> None:
     address = os.environ.get("BIND_ADDRESS") or "0.0.0.0"
-    port = int(os.environ.get("PORT") or 8080)
+    port = int(os.environ.get("AIP_HTTP_PORT") or os.environ.get("PORT") or 8080)
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     try:
         with socket.create_connection((HERE.get(address, address), port), TIMEOUT_S) as service:

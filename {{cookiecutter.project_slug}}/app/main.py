@@ -10,8 +10,9 @@ from app.api.keys import ApiKeys, RequireApiKey
 from app.api.middleware import RequestContext
 from app.api.models import add_model_routes
 from app.api.openapi import document
-from app.api.predict import add_predict_routes
-from app.api.probes import add_probe_routes
+from app.api.platforms import add_platform_routes
+from app.api.predict import PredictionRoutes, add_predict_routes
+from app.api.probes import PROBES, add_probe_routes
 from app.api.problems import use_problem_details
 from app.lifecycle import Lifecycle
 from app.logs import AccessLog
@@ -48,13 +49,18 @@ def create_app(settings: Settings | None = None) -> RequestContext:
     )
 
     keys = ApiKeys(settings.api_keys_sha256)
-    direct = add_predict_routes(app, repository, settings, keys)
+    routes = PredictionRoutes(app, settings, keys)
+    add_predict_routes(app, routes, repository)
     add_model_routes(app, repository)
     add_probe_routes(app, lifecycle)
+    probes = {*PROBES, *add_platform_routes(app, routes, lifecycle)}
     use_problem_details(app)
-    document(app, needs_api_key=bool(settings.api_keys_sha256))
 
-    app.add_middleware(RequireApiKey, keys=keys)
-    instrument(app)
-    routes = {route.path: route for route in direct}
-    return RequestContext(app, routes, lifecycle, AccessLog(settings))
+    def needs_key(path: str) -> bool:
+        # A platform may have its paths anywhere.
+        return path in routes.by_path or (path.startswith("/v1/") and path not in probes)
+
+    document(app, needs_key if settings.api_keys_sha256 else None)
+    app.add_middleware(RequireApiKey, keys=keys, needs_key=needs_key)
+    instrument(app, probes)
+    return RequestContext(app, routes.by_path, probes, lifecycle, AccessLog(settings))

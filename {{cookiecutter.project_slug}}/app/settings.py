@@ -23,6 +23,9 @@ SHUTDOWN_RESERVE_S = 5
 """The part of the shutdown grace kept for closing connections and the end of the lifespan."""
 
 
+ROUTE = r"^/[^{}?#\s]*$"
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=".env",
@@ -44,6 +47,15 @@ class Settings(BaseSettings):
 
     port: int = Field(default=8080, ge=1, le=65_535)
     """Port to listen on."""
+
+    aip_http_port: int | None = Field(default=None, ge=1, le=65_535)
+    """The port in place of PORT; Vertex AI sets it."""
+
+    aip_predict_route: str | None = Field(default=None, pattern=ROUTE)
+    """A path that takes `instances` for the default model; Vertex AI sets it."""
+
+    aip_health_route: str | None = Field(default=None, pattern=ROUTE)
+    """A path that says what `/ready` says; Vertex AI sets it."""
 
     web_concurrency: int = Field(default=1, ge=1, le=256)
     """Worker processes. Each one loads every model: one per GPU, and scale by replicas."""
@@ -111,6 +123,10 @@ class Settings(BaseSettings):
 
     log_format: Literal["auto", "json", "console"] = "auto"
     """`auto` writes for a reader in a terminal, and JSON elsewhere."""
+
+    @property
+    def listening_port(self) -> int:
+        return self.aip_http_port or self.port
 
     @field_validator("api_keys_sha256", mode="before")
     @classmethod

@@ -29,11 +29,12 @@ def parser_for(request: type[BaseModel]) -> Parse | None:
     """A faster `request.model_validate_json`, or None where there is none.
 
     It is for the requests {"features": Features} and {"instances": [Features, ...]}, where
-    Features have arrays of many numbers. simdjson reads those, and pydantic all else.
+    Features have arrays of many numbers. simdjson reads those, and pydantic all else, such as a
+    request with another field, which `request` may have beside its first.
     Whatever is unusual or wrong with a body is left to pydantic from the beginning, so the answer
     and the errors are the same by either way.
     """
-    [(key, field)] = request.model_fields.items()
+    key, field = next(iter(request.model_fields.items()))
     is_batch = get_origin(field.annotation) is list
     features: Any = get_args(field.annotation)[0] if is_batch else field.annotation
     tensors = tensors_in(features)

@@ -1,5 +1,8 @@
 """Counts the requests that FastAPI answers, and serves /metrics."""
 
+import re
+from collections.abc import Collection
+
 from fastapi import FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
@@ -7,11 +10,11 @@ from prometheus_fastapi_instrumentator.metrics import Info
 from app import metrics
 
 
-def instrument(app: FastAPI) -> None:
+def instrument(app: FastAPI, probes: Collection[str]) -> None:
     """Count and time the requests to `app`, probes and metrics aside, and serve /metrics."""
     Instrumentator(
         should_group_status_codes=False,
-        excluded_handlers=["^/(health|startup|ready|metrics)$"],
+        excluded_handlers=[f"^{re.escape(path)}$" for path in (*probes, "/metrics")],
     ).add(_count).instrument(app).expose(app, tags=["operations"], summary="Prometheus metrics")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,14 +31,15 @@ class ApiKeys:
 
 
 class RequireApiKey:
-    """Lets nobody under /v1 without a key. Probes, metrics and docs stay open."""
+    """Lets nobody without a key to the paths of which `needs_key` is true."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, needs_key: Callable[[str], bool]) -> None:
         self.app = app
         self.keys = keys
+        self.needs_key = needs_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        if scope["type"] == "http" and self.needs_key(scope["path"]):
             try:
                 self.keys.check(dict(scope["headers"]))
             except Unauthorized as error:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from random import getrandbits
 from time import perf_counter
 from typing import Any
@@ -24,7 +24,6 @@ SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 MAX_LOGGED_PATH_CHARS = 200
 CLOSE = (b"connection", b"close")
-QUIET_PATHS = {"/health", "/startup", "/ready", "/metrics"}
 
 
 def request_id_of(headers: Headers) -> str:
@@ -48,18 +47,21 @@ def unforeseen() -> ServiceError:
 class RequestContext:
     """Gives each request an id, logs it, and answers what nothing else caught.
 
-    A POST to one of `routes` is answered by that; everything else goes to `app`.
+    A POST to one of `routes` is answered by that; everything else goes to `app`. Of `probes` and
+    of /metrics the log has nothing, unless it is to have all.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         routes: Mapping[str, JsonRoute],
+        probes: Collection[str],
         lifecycle: Lifecycle,
         access_log: AccessLog,
     ) -> None:
         self.app = app
         self.routes = routes
+        self.quiet = frozenset((*probes, "/metrics"))
         self.lifecycle = lifecycle
         self.access_log = access_log
 
@@ -140,7 +142,7 @@ class RequestContext:
         if route:
             route.metrics.ended(status, seconds)
         self.access_log.write(
-            logging.DEBUG if path in QUIET_PATHS else logging.INFO,
+            logging.DEBUG if path in self.quiet else logging.INFO,
             method=scope["method"],
             path=path[:MAX_LOGGED_PATH_CHARS],
             status=int(status),

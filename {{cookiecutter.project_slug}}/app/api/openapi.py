@@ -1,5 +1,6 @@
 """What FastAPI cannot be told about the API where its routes are declared."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,8 +13,12 @@ API_KEY_SCHEMES = {
 }
 
 
-def document(app: FastAPI, *, needs_api_key: bool) -> None:
-    """Put the media type of errors and the API key into the OpenAPI document of `app`."""
+def document(app: FastAPI, needs_key: Callable[[str], bool] | None) -> None:
+    """Put the media type of errors and the API key into the OpenAPI document of `app`.
+
+    Args:
+        needs_key: whether a path is for callers with a key; None: there are no keys.
+    """
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -22,9 +27,9 @@ def document(app: FastAPI, *, needs_api_key: bool) -> None:
             for path, operations in schema["paths"].items():
                 for operation in operations.values():
                     _correct_media_type(operation["responses"])
-                    if needs_api_key and path.startswith("/v1/"):
+                    if needs_key and needs_key(path):
                         operation["security"] = [{name: []} for name in API_KEY_SCHEMES]
-            if needs_api_key:
+            if needs_key:
                 schema["components"]["securitySchemes"] = API_KEY_SCHEMES
             app.openapi_schema = schema
         return app.openapi_schema

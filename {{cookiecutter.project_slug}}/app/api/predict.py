@@ -74,48 +74,51 @@ class BatchResponse(_Answer):
     """One for each instance, in the order of the request."""
 
 
-def add_predict_routes(
-    app: FastAPI, repository: ModelRepository, settings: Settings, keys: ApiKeys
-) -> list[JsonRoute]:
-    """Route each model with its own schemas, and the default model without a name as well.
+class PredictionRoutes:
+    """The routes that ask a model. FastAPI documents them; `RequestContext` calls them."""
 
-    FastAPI documents the routes that are returned; `RequestContext` calls them.
-    """
-    routes: list[JsonRoute] = []
+    def __init__(self, app: FastAPI, settings: Settings, keys: ApiKeys) -> None:
+        self.settings = settings
+        self.by_path: dict[str, JsonRoute] = {}
+        self._app = app
+        self._keys = keys
 
-    def add(path: str, model: ServedModel, endpoint: Endpoint) -> None:
-        route = JsonRoute(path, endpoint, settings, keys, partial(inference.admit, model))
-        routes.append(route)
-        app.router.add_api_route(
+    def add(self, path: str, model: ServedModel, endpoint: Endpoint, tag: str = "predict") -> None:
+        admit = partial(inference.admit, model)
+        route = JsonRoute(path, endpoint, self.settings, self._keys, admit)
+        self.by_path[path] = route
+        self._app.router.add_api_route(
             path,
             endpoint.function,
             methods=["POST"],
             response_model=endpoint.response_type,
             responses=PROBLEMS,
             summary=endpoint.summary,
-            tags=["predict"],
+            tags=[tag],
             openapi_extra=route.openapi_extra,
         )
 
+
+def add_predict_routes(app: FastAPI, routes: PredictionRoutes, repository: ModelRepository) -> None:
+    """Route each model with its own schemas, and the default model without a name as well."""
     for name, model in repository.models.items():
         prefixes = [f"/v1/models/{name}"]
         if name == repository.default:
             prefixes.insert(0, "/v1")
         for prefix in prefixes:
-            add(f"{prefix}/predict", model, _single(model))
-            add(f"{prefix}/predict/batch", model, _batch(model, settings.max_instances))
+            routes.add(f"{prefix}/predict", model, _single(model))
+            batch = batch_endpoint(model, routes.settings.max_instances)
+            routes.add(f"{prefix}/predict/batch", model, batch)
 
     @app.post("/v1/models/{model}/predict", include_in_schema=False)
     @app.post("/v1/models/{model}/predict/batch", include_in_schema=False)
     async def no_such_model(model: str) -> None:
         repository.get(model)
 
-    return routes
-
 
 def _single(model: ServedModel) -> Endpoint:
     predictor = model.predictor_class
-    title = _title(model)
+    title = title_of(model)
     request_type = create_model(
         f"{title}PredictRequest", __base__=PredictRequest, features=(predictor.features, ...)
     )
@@ -131,13 +134,14 @@ def _single(model: ServedModel) -> Endpoint:
         call.reply_headers = _cache_headers(answer)
         return {**_envelope(call, model, answer), "prediction": answer.outcomes[0]}
 
-    _declare_body(predict, request_type, example)
+    declare_body(predict, request_type, example)
     return Endpoint(predict, request_type, response_type, f"Score one row with {model.name}")
 
 
-def _batch(model: ServedModel, max_instances: int) -> Endpoint:
+def batch_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
+    """Scores the `instances` of a request, and answers with as many `predictions`."""
     predictor = model.predictor_class
-    title = _title(model)
+    title = title_of(model)
     rows = Annotated[list[predictor.features], Field(min_length=1, max_length=max_instances)]  # type: ignore[name-defined]
     request_type = create_model(
         f"{title}BatchRequest", __base__=BatchRequest, instances=(rows, ...)
@@ -156,18 +160,20 @@ def _batch(model: ServedModel, max_instances: int) -> Endpoint:
         call.reply_headers = _cache_headers(answer)
         return {**_envelope(call, model, answer), "predictions": answer.outcomes}
 
-    _declare_body(predict, request_type, example)
+    declare_body(predict, request_type, example)
     return Endpoint(predict, request_type, response_type, f"Score rows with {model.name}")
 
 
-def _declare_body(
+def declare_body(
     endpoint: Callable[..., Any], body: type[BaseModel], example: dict[str, Any]
 ) -> None:
+    """Tell FastAPI what `endpoint` takes as its `body`."""
     # The types are the model's own, known only now.
     endpoint.__annotations__["body"] = Annotated[body, Body(examples=[example])]
 
 
-def _title(model: ServedModel) -> str:
+def title_of(model: ServedModel) -> str:
+    """What the names of its schemas begin with."""
     return "".join(word.capitalize() for word in model.name.split("_"))
 
 

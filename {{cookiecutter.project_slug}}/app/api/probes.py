@@ -9,6 +9,8 @@ from app.lifecycle import Lifecycle, Phase
 from app.predictor import Provider
 from app.repository import State
 
+PROBES = ("/health", "/startup", "/ready")
+
 
 class Health(BaseModel):
     status: Literal["ok"] = "ok"

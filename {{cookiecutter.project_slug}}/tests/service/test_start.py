@@ -43,6 +43,7 @@ def test_probes_answer_while_a_model_loads(start: Start, tmp_path: Path, pipe: P
         assert answer.status_code == 503
         assert answer.json()["status"] == "loading"
         assert answer.json()["models"]["double"]["state"] == "loading"
+    assert service.client.get("/ping").status_code == 503
     assert service.predict("double", x=1).status_code == 503
     assert service.client.get("/v1/models").json()["models"][0]["state"] == "loading"
 
