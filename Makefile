@@ -56,9 +56,9 @@ test-samples test-in-place: $(DEV)/installed
 
 .PHONY: test-generator
 test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
-	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
+	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
 
-.PHONY: bench bench-fire bench-shared-cache
+.PHONY: bench bench-fire bench-shared-cache bench-rollout
 bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--quick for a look; see benchmarks/
 	$(DEV)/bin/python -m benchmarks $(ARGS)
 
@@ -68,6 +68,9 @@ bench-fire: $(DEV)/installed  ## Bad neighbours, poison, overload, a stop and ha
 bench-shared-cache: $(DEV)/installed  ## 100,000 requests to services that share a failing Redis, two minutes
 	$(DEV)/bin/python -m benchmarks.shared_cache $(ARGS)
 
+bench-rollout: $(DEV)/installed  ## Rolling restarts through HAProxy and killed workers, 100,000 requests, five minutes
+	$(DEV)/bin/python -m benchmarks.rollout $(ARGS)
+
 .PHONY: format
 format: $(DEV)/installed  ## Mend style and formatting
 	$(DEV)/bin/ruff check --fix
@@ -76,6 +79,7 @@ format: $(DEV)/installed  ## Mend style and formatting
 .PHONY: lock
 lock: $(DEMO)/installed  ## Lock newest versions, with hashes, here and for each kind of model
 	cd requirements && ../$(DEMO)/bin/$(COMPILE) demo.in -o demo.lock
+	cd requirements && ../$(DEMO)/bin/$(COMPILE) policy.in -o policy.lock
 	cd requirements && ../$(DEMO)/bin/$(COMPILE) dev.in ../$(REQUIREMENTS)/*.in ../$(REQUIREMENTS)/*/*.in -o dev.lock
 	for kind in onnx sklearn image; do ( cd '$(REQUIREMENTS)' && \
 		../../$(DEMO)/bin/$(COMPILE) service.in $$kind/model.in -o $$kind/service.lock && \

@@ -16,8 +16,10 @@ SAMPLE_FILES = ["predictors/{}.py", "training/{}.py", "tests/test_{}.py"]
 ONLY_FOR = {
     "app/onnx.py": {"onnx", "image"},
     "tests/service/test_onnx.py": {"onnx", "image"},
+    "deploy/kubernetes/components/gpu": {"onnx", "image"},
+    "deploy/kubernetes/overlays/production-gpu": {"onnx", "image"},
 }
-"""Files that not every kind needs."""
+"""Files and folders that not every kind needs."""
 
 
 def keep_sample(sample: str, model: str) -> None:
@@ -51,7 +53,14 @@ def drop_caches() -> None:
 def drop_unneeded(kind: str) -> None:
     for path, kinds in ONLY_FOR.items():
         if kind not in kinds:
-            Path(path).unlink()
+            remove(Path(path))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 if __name__ == "__main__":

@@ -17,9 +17,23 @@ from uuid import uuid4
 TOOLS = ("buildah", "podman", "runc", "debootstrap")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
-LIMITS = ["--ulimit", "nofile=1024:4096", "--ulimit", "nproc=1000:1000"]
-"""Podman's own are more than a sandbox may have."""
+RUNTIME = """#!/usr/bin/python3
+# runc, without podman's limits, which are more than a sandbox may have.
+import json, os, sys
 
+def argument(name):
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else None
+
+bundle, process = argument("--bundle"), argument("--process")
+path = os.path.join(bundle, "config.json") if bundle else process
+if path:
+    with open(path) as file:
+        config = json.load(file)
+    config.get("process", config).pop("rlimits", None)
+    with open(path, "w") as file:
+        json.dump(config, file)
+os.execvp("runc", ["runc", *sys.argv[1:]])
+"""
 PIP_CONF = f"[global]\ncert = {CERTIFICATES}\n"
 
 
@@ -45,6 +59,12 @@ def run(*command: str | Path, folder: Path | None = None, check: bool = True) ->
     return done.stdout
 
 
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
 class Containers:
     """Images and containers of their own, below `folder`."""
 
@@ -53,7 +73,8 @@ class Containers:
         store = ["--root", str(folder / "images"), "--runroot", str(folder / "run")]
         self._buildah = ["buildah", "--storage-driver", "overlay", *store]
         self._podman = ["podman", "--storage-driver", "overlay", *store]
-        self._podman += ["--cgroup-manager", "cgroupfs", "--runtime", "runc"]
+        runtime = executable(folder / "runtime", RUNTIME)
+        self._podman += ["--cgroup-manager", "cgroupfs", "--runtime", str(runtime)]
         self._pip_conf = folder / "pip.conf"
         self._pip_conf.write_text(PIP_CONF)
 
@@ -73,6 +94,8 @@ class Containers:
         options = ["--variant=minbase", f"--include={PACKAGES}"]
         run("debootstrap", *options, found[1], root, mirror)
         shutil.copy(CERTIFICATES, root / CERTIFICATES.relative_to("/"))
+        # An emptyDir is for all to write to; podman gives it the mode of what it hides.
+        (root / "dev/shm").chmod(0o1777)
         self._take_kubectl(root)
         container = self.buildah("from", "scratch").strip()
         self.buildah("add", "--quiet", container, root, "/")
@@ -87,8 +110,12 @@ class Containers:
         run("dpkg", "-x", package, self.folder / "kubectl")
         package.unlink()
 
+    @property
+    def kubectl_path(self) -> Path:
+        return self.folder / "kubectl/usr/bin"
+
     def kubectl(self, *arguments: str | Path) -> str:
-        return run(self.folder / "kubectl/usr/bin/kubectl", *arguments)
+        return run(self.kubectl_path / "kubectl", *arguments)
 
     @property
     def _build(self) -> list[str]:
@@ -97,7 +124,7 @@ class Containers:
 
     @property
     def _run(self) -> list[str]:
-        return [*self._podman, "run", "--pull=never", "--network", "host", *LIMITS]
+        return [*self._podman, "run", "--pull=never", "--network", "host"]
 
     def build(self, folder: Path, target: str, *options: str) -> str:
         """The name of the image that `folder` becomes."""
@@ -109,17 +136,16 @@ class Containers:
 
     def engine(self) -> dict[str, str]:
         """For a Makefile that builds and runs images: what docker would be."""
-        script = self.folder / "engine"
         build, run = shlex.join(self._build), shlex.join(self._run)
         # There is no network but the host's, where a port is chosen by the service.
-        script.write_text(
+        script = (
             "#!/bin/sh\ncommand=$1; shift\ncase $command in\n"
             f'build) exec {build} "$@" ;;\n'
             f'run) exec {run} --env PORT="$PORT" --env BIND_ADDRESS=127.0.0.1 "$@" ;;\n'
             "esac\n"
         )
-        script.chmod(0o755)
-        return {"ENGINE": str(script), "PIP_CONF": str(self._pip_conf)}
+        engine = executable(self.folder / "engine", script)
+        return {"ENGINE": str(engine), "PIP_CONF": str(self._pip_conf)}
 
     @contextmanager
     def files(self, image: str) -> Iterator[Path]:
@@ -145,6 +171,15 @@ class Containers:
         finally:
             self.podman("rm", "--force", name)
 
+    @contextmanager
+    def playing(self, manifests: Path, deployment: str) -> Iterator["Container"]:
+        """The one container of the Deployment in `manifests`."""
+        self.podman("kube", "play", "--network", "host", manifests)
+        try:
+            yield Container(self, f"{deployment}-pod-0-service")
+        finally:
+            self.podman("kube", "down", manifests)
+
 
 class Container:
     def __init__(self, containers: Containers, name: str) -> None:
@@ -160,6 +195,14 @@ class Container:
 
     def signal(self, name: str) -> None:
         self._podman("kill", "--signal", name, self.name)
+
+    def stop(self, grace_s: int) -> None:
+        """SIGTERM, and SIGKILL if it has not ended in so many seconds."""
+        self._podman("stop", "--time", str(grace_s), self.name)
+
+    @property
+    def restarts(self) -> int:
+        return int(self._podman("inspect", "--format", "{{.RestartCount}}", self.name))
 
     def exit_code(self) -> int:
         """Of the service, once it has ended."""

@@ -19,6 +19,7 @@ FILES = [
     "README.md",
     "gunicorn.conf.py",
     "pyproject.toml",
+    "docs/deploy.md",
     "deploy/kubernetes/base/deployment.yaml",
     "deploy/kubernetes/base/kustomization.yaml",
     "deploy/kubernetes/base/networkpolicy.yaml",
@@ -26,6 +27,34 @@ FILES = [
     "deploy/kubernetes/base/service.yaml",
     "deploy/kubernetes/base/serviceaccount.yaml",
     "deploy/kubernetes/base/settings.env",
+    "deploy/kubernetes/components/autoscale-hpa/horizontalpodautoscaler.yaml",
+    "deploy/kubernetes/components/autoscale-hpa/kustomization.yaml",
+    "deploy/kubernetes/components/autoscale-keda/kustomization.yaml",
+    "deploy/kubernetes/components/autoscale-keda/scaledobject.yaml",
+    "deploy/kubernetes/components/blue-green/green/kustomization.yaml",
+    "deploy/kubernetes/components/blue-green/kustomization.yaml",
+    "deploy/kubernetes/components/blue-green/live.yaml",
+    "deploy/kubernetes/components/canary/httproute.yaml",
+    "deploy/kubernetes/components/canary/kustomization.yaml",
+    "deploy/kubernetes/components/canary/release/kustomization.yaml",
+    "deploy/kubernetes/components/model-image/kustomization.yaml",
+    "deploy/kubernetes/components/model-volume/kustomization.yaml",
+    "deploy/kubernetes/components/model-volume/persistentvolumeclaim.yaml",
+    "deploy/kubernetes/components/monitoring/kustomization.yaml",
+    "deploy/kubernetes/components/monitoring/networkpolicy.yaml",
+    "deploy/kubernetes/components/monitoring/podmonitor.yaml",
+    "deploy/kubernetes/components/namespace/kustomization.yaml",
+    "deploy/kubernetes/components/namespace/namespace.yaml",
+    "deploy/kubernetes/components/redis/deployment.yaml",
+    "deploy/kubernetes/components/redis/kustomization.yaml",
+    "deploy/kubernetes/components/redis/networkpolicy.yaml",
+    "deploy/kubernetes/components/redis/service.yaml",
+    "deploy/kubernetes/components/rollouts/analysistemplate.yaml",
+    "deploy/kubernetes/components/rollouts/kustomization.yaml",
+    "deploy/kubernetes/components/rollouts/rollout.yaml",
+    "deploy/kubernetes/overlays/dev/kustomization.yaml",
+    "deploy/kubernetes/overlays/production/kustomization.yaml",
+    "deploy/kubernetes/overlays/staging/kustomization.yaml",
     "app/__init__.py",
     "app/__main__.py",
     "app/artifacts.py",
@@ -64,6 +93,7 @@ FILES = [
     "app/api/middleware.py",
     "app/api/models.py",
     "app/api/openapi.py",
+    "app/api/platforms.py",
     "app/api/predict.py",
     "app/api/probes.py",
     "app/api/problems.py",
@@ -85,6 +115,7 @@ FILES = [
     "tests/service/predictors/faulty.py",
     "tests/service/predictors/gate.py",
     "tests/service/test_api.py",
+    "tests/service/test_platforms.py",
     "tests/service/test_arrays.py",
     "tests/service/test_artifacts.py",
     "tests/service/test_batches.py",
@@ -104,7 +135,14 @@ FILES = [
     "tests/service/test_workers.py",
     "tests/service/tls_proxy.py",
 ]
-ONNX_FILES = ["app/onnx.py", "requirements/service-cuda.lock", "tests/service/test_onnx.py"]
+ONNX_FILES = [
+    "app/onnx.py",
+    "requirements/service-cuda.lock",
+    "tests/service/test_onnx.py",
+    "deploy/kubernetes/components/gpu/deployment.yaml",
+    "deploy/kubernetes/components/gpu/kustomization.yaml",
+    "deploy/kubernetes/overlays/production-gpu/kustomization.yaml",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +157,7 @@ def test_nothing_of_the_template_is_left(bake: Callable[..., BakedProject], kind
     samples = r"\b(predictors|training|artifacts)[./](fraud|wine|digits)\b"
     for name in project.files():
         text = project.read(name)
-        assert not re.search(r"\{\{|\{%|%\}|cookiecutter\.", text), name
+        assert not re.search(r"\{\{(?!args\.)|\{%|%\}|cookiecutter\.", text), name
         assert not re.search(samples, text), name
         assert "\r" not in text
         assert text.endswith("\n") or not text
@@ -159,3 +197,10 @@ def test_the_next_commands_are_told(template: Path, tmp_path: Path) -> None:
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "cd fraud-detection\n    make run" in told
     assert "predictors/fraud.py" in told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hadolint_has_nothing_against_its_dockerfile(
+    bake: Callable[..., BakedProject], kind: str
+) -> None:
+    bake(model_kind=kind).run("hadolint", "Dockerfile")
