@@ -54,9 +54,21 @@ test-samples test-in-place: $(DEV)/installed
 	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts DEFAULT_MODEL=fraud \
 		../$(DEV)/bin/python -m pytest -p no:cacheprovider -W error $(TESTS)
 
+# Side by side, as half of either is to wait for processes.
 .PHONY: test-generator
-test-generator: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
-	PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+test-generator: $(DEV)/installed
+	$(MAKE) --jobs=2 --output-sync=target test-projects test-containers
+
+CONTAINER_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py tests/test_kubernetes.py
+PYTEST = PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
+
+.PHONY: test-projects
+test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
+	$(PYTEST) $(CONTAINER_TESTS:%=--ignore=%)
+
+.PHONY: test-containers
+test-containers: $(DEV)/installed  ## Those of images and manifests, for which buildah, podman, runc, debootstrap, npm are needed
+	$(PYTEST) $(CONTAINER_TESTS)
 
 .PHONY: bench bench-fire bench-shared-cache bench-rollout
 bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--quick for a look; see benchmarks/

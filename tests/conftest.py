@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -110,14 +111,16 @@ def refuse(template: Path, tmp_path: Path) -> Callable[..., Refusal]:
 
 
 @pytest.fixture(scope="session")
-def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+def containers() -> Iterator[Containers]:
     """What builds and runs images here, with the base image of the Dockerfile."""
     if missing := missing_tools():
         pytest.skip(f"images and manifests are not tested without {', '.join(missing)}")
-    containers = Containers(tmp_path_factory.mktemp("containers"))
     dockerfile = (TEMPLATE / "Dockerfile").read_text(encoding="utf-8")
     [base] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)", dockerfile, re.MULTILINE)
-    containers.make_base(base)
-    yield containers
-    containers.buildah("rm", "--all")
-    containers.buildah("rmi", "--all", "--force")
+    # Not of pytest's: podman takes none but short paths.
+    with TemporaryDirectory(prefix="containers-") as folder:
+        containers = Containers(Path(folder))
+        containers.make_base(base)
+        yield containers
+        containers.buildah("rm", "--all")
+        containers.buildah("rmi", "--all", "--force")

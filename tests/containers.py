@@ -103,6 +103,15 @@ class Containers:
         self.buildah("commit", "--quiet", "--rm", container, image)
         shutil.rmtree(root)
 
+    def make_valkey(self, base: str, image: str) -> None:
+        """Have `image`, with the Valkey of `base`, which is a Debian."""
+        container = self.buildah("from", "--pull-never", base).strip()
+        install = "apt-get update && apt-get install --yes --no-install-recommends valkey-server"
+        options = ["--isolation", "chroot", "--network", "host"]
+        self.buildah("run", *options, container, "--", "sh", "-ec", install)
+        self.buildah("config", "--entrypoint", "[]", container)
+        self.buildah("commit", "--quiet", "--rm", container, image)
+
     def _take_kubectl(self, root: Path) -> None:
         """That of this Debian; older ones have one that is too old."""
         run("chroot", root, "sh", "-ec", "cd /tmp && apt-get download --quiet kubectl")
@@ -146,6 +155,16 @@ class Containers:
         )
         engine = executable(self.folder / "engine", script)
         return {"ENGINE": str(engine), "PIP_CONF": str(self._pip_conf)}
+
+    def compose(self, folder: Path, *arguments: str | Path) -> str:
+        """podman-compose, in `folder`."""
+        podman = executable(
+            self.folder / "podman", f'#!/bin/sh\nexec {shlex.join(self._podman)} "$@"\n'
+        )
+        secret = f"--secret=id=pip,src={self._pip_conf}"
+        build = f"--isolation=chroot --network=host --format=docker --pull=never {secret}"
+        options = [f"--podman-path={podman}", "--in-pod=false", f"--podman-build-args={build}"]
+        return run("podman-compose", *options, *arguments, folder=folder)
 
     @contextmanager
     def files(self, image: str) -> Iterator[Path]:

@@ -20,7 +20,6 @@ from tests.containers import Container, Containers
 from tests.test_baked_projects import free_port
 
 WAIT_S = 60
-pytestmark = pytest.mark.xdist_group("containers")
 SECRET = "swordfish"  # noqa: S105
 PLANTED = [
     ".env",

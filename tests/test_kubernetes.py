@@ -49,8 +49,6 @@ users: [{name: none, user: {token: none}}]
 current-context: none
 """
 
-pytestmark = pytest.mark.xdist_group("containers")
-
 
 @pytest.fixture(scope="module")
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:

@@ -20,8 +20,6 @@ from tests.test_image import EXAMPLE, begin_to_ask, read_all, refuses_connection
 Object = dict[str, Any]
 WAIT_S = 60
 
-pytestmark = pytest.mark.xdist_group("containers")
-
 
 @pytest.fixture(scope="module")
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:

@@ -17,6 +17,7 @@ FILES = [
     "Dockerfile",
     "Makefile",
     "README.md",
+    "compose.yaml",
     "gunicorn.conf.py",
     "pyproject.toml",
     "docs/deploy.md",
