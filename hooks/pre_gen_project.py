@@ -13,8 +13,9 @@ TEXT = r"[\w .,:;()'&+/%!?-]+"
 RULES = {
     "project_name": (TEXT, "letters, digits, spaces and . , : ; ( ) ' & + / % ! ? -"),
     "project_slug": (
-        r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",
-        "at most 63 of a-z, 0-9 and -, neither beginning nor ending with -",
+        # A Service's name, with room for "-from-monitoring" behind it.
+        r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?",
+        "at most 47 of a-z, 0-9 and -, beginning with a letter and not ending with -",
     ),
     "description": (TEXT, "letters, digits, spaces and . , : ; ( ) ' & + / % ! ? -"),
     "model_name": (
@@ -27,6 +28,7 @@ RULES = {
     ),
 }
 MAX_CHARS = 200
+WORDS_OF_YAML = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 
 
 def fault(answers: dict[str, str]) -> str | None:
@@ -35,6 +37,11 @@ def fault(answers: dict[str, str]) -> str | None:
         answer = answers[name]
         if len(answer) > MAX_CHARS or not re.fullmatch(pattern, answer) or answer != answer.strip():
             return f"{name} {json.dumps(answer[:MAX_CHARS])} cannot be used; give {right}."
+    if answers["project_slug"] in WORDS_OF_YAML:
+        return (
+            f'project_slug "{answers["project_slug"]}" cannot be used, as it is a word of YAML; '
+            f'give another of a-z, 0-9 and -, such as "{answers["project_slug"]}-service".'
+        )
     name = answers["model_name"]
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         return f'model_name "{name}" is a word of Python; give another, such as "{name}_model".'

@@ -19,6 +19,7 @@ import yaml
 from tests.conftest import REPOSITORY, TEMPLATE, BakedProject, cookiecutter
 from tests.containers import Containers, run
 from tests.kustomizations import Object, Rendered, distinct, render
+from tests.network_policies import accepts, may_call
 
 MINORS = ("1.34", "1.35", "1.36", "1.37")
 OVERLAYS = ["dev", "staging", "production", "production-gpu"]
@@ -67,9 +68,17 @@ def is_custom(entry: Object) -> bool:
     return entry["apiVersion"].partition("/")[0] in MODELS
 
 
+@pytest.fixture(scope="module")
+def upload(project: BakedProject) -> Object:
+    """What is applied by itself."""
+    path = "deploy/kubernetes/components/model-volume/upload.yaml"
+    pod: Object = yaml.safe_load(project.read(path))
+    return pod
+
+
 @pytest.mark.parametrize("minor", MINORS)
-def test_they_are_valid(rendered: Rendered, minor: str) -> None:
-    for entry in distinct(rendered):
+def test_they_are_valid(rendered: Rendered, upload: Object, minor: str) -> None:
+    for entry in [*distinct(rendered), upload]:
         if not is_custom(entry):
             kubernetes_validate.validate(entry, minor, strict=True)
 
@@ -110,7 +119,7 @@ def test_custom_resources_are_valid(rendered: Rendered, custom_resources: Path) 
     done = check_custom(custom_resources, objects)
     assert done.returncode == 0, done.stdout + done.stderr
     # That it can tell: a name that is none, and a value that is none.
-    [route] = [entry for entry in objects if entry["kind"] == "HTTPRoute"]
+    route = of_kind(objects, "HTTPRoute")[0]
     changes: list[Object] = [{"rule": []}, {"rules": [{"timeouts": {"request": "soon"}}]}]
     for change in changes:
         spoilt = route | {"spec": route["spec"] | change}
@@ -199,7 +208,124 @@ def references_of_pod(pod: Object) -> Iterator[tuple[str, str]]:
         if "configMapRef" in source:
             yield "ConfigMap", source["configMapRef"]["name"]
     for variable in container.get("env", []):
-        yield "Service", re.findall(r"//(.*):", variable["value"])[0]
+        for address in re.findall("//(.*):", variable["value"]):
+            yield "Service", address
+
+
+def containers_of(objects: list[Object], labels: dict[str, str]) -> list[Object]:
+    """Those of the pods with these labels."""
+    pods = [entry["spec"]["template"] for entry in of_kind(objects, "Deployment")]
+    return [
+        pod["spec"]["containers"][0]
+        for pod in pods
+        if labels.items() <= pod["metadata"]["labels"].items()
+    ]
+
+
+def named_ports(entry: Object) -> Iterator[tuple[dict[str, str], str]]:
+    """The pods, and the port of theirs, that `entry` names."""
+    spec = entry.get("spec", {})
+    if entry["kind"] == "Service":
+        yield from ((spec["selector"], port["targetPort"]) for port in spec["ports"])
+    if entry["kind"] == "PodMonitor":
+        labels = spec["selector"]["matchLabels"]
+        yield from ((labels, endpoint["port"]) for endpoint in spec["podMetricsEndpoints"])
+    if entry["kind"] == "NetworkPolicy":
+        labels = spec["podSelector"]["matchLabels"]
+        ports = chain.from_iterable(rule["ports"] for rule in spec.get("ingress", []))
+        yield from ((labels, port["port"]) for port in ports)
+    if entry["kind"] == "Deployment":
+        [container] = spec["template"]["spec"]["containers"]
+        probes = [value for key, value in container.items() if key.endswith("Probe")]
+        ways = [probe.get("httpGet") or probe["tcpSocket"] for probe in probes]
+        yield from ((spec["selector"]["matchLabels"], way["port"]) for way in ways)
+
+
+def test_ports_have_the_names_that_they_are_called_by(rendered: Rendered) -> None:
+    for name, objects in rendered.items():
+        for labels, port in chain.from_iterable(map(named_ports, objects)):
+            for container in containers_of(objects, labels):
+                assert port in {entry["name"] for entry in container["ports"]}, name
+        services = {entry["metadata"]["name"]: entry for entry in of_kind(objects, "Service")}
+        for route in of_kind(objects, "HTTPRoute"):
+            for backend in route["spec"]["rules"][0]["backendRefs"]:
+                ports = services[backend["name"]]["spec"]["ports"]
+                assert backend["port"] in {port["port"] for port in ports}, name
+
+
+SERVICE = {"app.kubernetes.io/part-of": "image-test"}
+REDIS = {"app.kubernetes.io/name": "image-test-redis"}
+MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
+CALLERS = {"allowed-to-call/image-test": "true"}
+
+
+def test_who_may_connect_to_whom(rendered: Rendered) -> None:
+    for name, objects in rendered.items():
+        policies = of_kind(objects, "NetworkPolicy")
+        has_redis = "image-test-redis" in names(objects, "Deployment")
+        is_scraped = bool(of_kind(objects, "PodMonitor"))
+        assert may_call(policies, SERVICE, REDIS, 6379) == has_redis, name
+        assert not may_call(policies, SERVICE, {}, 6379), name
+        assert accepts(policies, SERVICE, "http", pod={}), name
+        assert accepts(policies, SERVICE, "http", namespace=CALLERS), name
+        assert accepts(policies, SERVICE, "http", namespace=MONITORING) == is_scraped, name
+        assert not accepts(policies, SERVICE, "http", namespace={}), name
+        if has_redis:
+            assert accepts(policies, REDIS, "redis", pod=SERVICE), name
+            assert not accepts(policies, REDIS, "redis", pod={}), name
+            assert not accepts(policies, REDIS, "redis", namespace=CALLERS), name
+
+
+def deciders(objects: list[Object], release: Object) -> list[str]:
+    """What says how many pods `release` has."""
+    own = ("Deployment", release["metadata"]["name"])
+    rollouts = of_kind(objects, "Rollout")
+    followers = [entry for entry in rollouts if entry["spec"]["workloadRef"]["name"] == own[1]]
+    targets = {own, *(("Rollout", entry["metadata"]["name"]) for entry in followers)}
+    scalers = [
+        entry["kind"]
+        for entry in of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject")
+        if (
+            entry["spec"]["scaleTargetRef"].get("kind", "Deployment"),
+            entry["spec"]["scaleTargetRef"]["name"],
+        )
+        in (targets - {own} if followers else targets)
+    ]
+    fixed = [entry["kind"] for entry in [release, *followers] if "replicas" in entry["spec"]]
+    return scalers + fixed
+
+
+def test_one_alone_decides_how_many_there_are(rendered: Rendered) -> None:
+    for name, objects in rendered.items():
+        for release in of_kind(objects, "Deployment"):
+            # This overlay says itself how many, and its page when not to.
+            if not name.startswith("dev-with-"):
+                assert len(deciders(objects, release)) == 1, (name, deciders(objects, release))
+
+
+def test_each_release_has_its_budget_for_drains_and_its_service(rendered: Rendered) -> None:
+    for name, objects in rendered.items():
+        releases = names(objects, "Deployment") - {"image-test-redis"}
+        assert names(objects, "PodDisruptionBudget") == releases, name
+        assert releases <= names(objects, "Service"), name
+
+
+def test_production_does_not_start_without_its_secret(rendered: Rendered) -> None:
+    for name in OVERLAYS:
+        for container in containers_of(rendered[name], SERVICE):
+            [secret] = [
+                entry["secretRef"] for entry in container["envFrom"] if "secretRef" in entry
+            ]
+            assert secret["name"] == "image-test-secrets"
+            assert secret["optional"] == (not name.startswith("production"))
+
+
+def test_a_pod_with_a_gpu_does_not_start_on_the_cpu(rendered: Rendered) -> None:
+    for objects in rendered.values():
+        for container in containers_of(objects, SERVICE):
+            has_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+            must_use_it = {"name": "DEVICE", "value": "cuda"} in container.get("env", [])
+            assert has_gpu == must_use_it
 
 
 def test_what_is_referred_to_is_there(rendered: Rendered) -> None:
@@ -222,15 +348,16 @@ def test_each_object_is_there_once_and_in_the_namespace(rendered: Rendered) -> N
             entry["spec"]["triggers"] for entry in of_kind(objects, "ScaledObject")
         ):
             asked = set(re.findall('namespace="(.*?)"', trigger["metadata"]["query"]))
-            assert asked == namespaces, name
+            # Its page says that the overlay's is to be there; ours for it have this one.
+            assert asked == {"image-test"}, name
+            assert name not in OVERLAYS or asked == namespaces
 
 
-def test_pods_are_restricted(rendered: Rendered) -> None:
+def test_pods_are_restricted(rendered: Rendered, upload: Object) -> None:
     """As the Pod Security Standard "restricted" wants them, and with less to write to."""
-    pods = [entry for entry in distinct(rendered) if entry["kind"] == "Deployment"]
-    assert pods
-    for pod in pods:
-        spec = pod["spec"]["template"]["spec"]
+    deployments = of_kind(distinct(rendered), "Deployment")
+    assert deployments
+    for spec in [upload["spec"], *(entry["spec"]["template"]["spec"] for entry in deployments)]:
         assert spec["automountServiceAccountToken"] is False
         security = spec["securityContext"]
         assert security["runAsNonRoot"] is True
@@ -249,7 +376,7 @@ def test_pods_are_restricted(rendered: Rendered) -> None:
             assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
             mounts = {mount["name"]: mount for mount in container.get("volumeMounts", [])}
             assert mounts.keys() == {volume["name"] for volume in volumes}
-            assert mounts.get("model", {}).get("readOnly", True)
+            assert spec == upload["spec"] or mounts.get("model", {}).get("readOnly", True)
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -312,6 +439,7 @@ def test_the_commands_of_the_page_are_what_kubectl_takes(
     copy = BakedProject(tmp_path / "project")
     copy.write("secrets.env", "REDIS_URL=redis://localhost")
     copy.write("config", KUBECONFIG)
+    (copy.path / "artifacts/fraud").mkdir(parents=True)
     page = copy.read("docs/deploy.md")
     found = re.findall(r"(?:^ *|`)(kubectl [^`\n]+?)`?$", page, re.MULTILINE)
     commands = [*found, *re.findall(r"`(kubectl [^`\n]+)`", page)]

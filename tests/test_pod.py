@@ -1,5 +1,6 @@
 """The rendered Deployment as podman plays it, and its probes as a kubelet asks them."""
 
+import re
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from urllib.error import HTTPError
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import BakedProject, cookiecutter
 from tests.containers import Container, Containers
@@ -19,6 +21,8 @@ from tests.test_image import EXAMPLE, begin_to_ask, read_all, refuses_connection
 
 Object = dict[str, Any]
 WAIT_S = 60
+ADDED_BY_PROMETHEUS = {"namespace", "app_kubernetes_io_name", "rollouts_pod_template_hash"}
+"""Labels of pods, by the PodMonitor."""
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,31 @@ def test_it_starts_and_all_probes_say_so(play: Callable[..., Any]) -> None:
         assert begin_and_end_to_ask(pod).startswith(b"HTTP/1.1 200")
         status = pod.container.execute("cat", "/proc/1/status")
         assert "Uid:\t10001\t10001\t" in status
+
+
+def test_queries_ask_for_metrics_that_there_are(
+    project: BakedProject, play: Callable[..., Any]
+) -> None:
+    queries = "\n".join(
+        line
+        for name in ("autoscale-keda/scaledobject.yaml", "rollouts/analysistemplate.yaml")
+        for line in project.read(f"deploy/kubernetes/components/{name}").splitlines()
+        if not line.lstrip().startswith("#")
+    )
+    asked = {
+        name: set(re.findall(r"(\w+)[=!]", labels))
+        for name, labels in re.findall(r"(\w+)\{([^}\n]*(?:\{\{.*?\}\}[^}\n]*)*)\}", queries)
+    }
+    assert len(asked) == 4
+    with play() as pod:
+        pod.wait(lambda: pod.probe("readiness") == 200)
+        begin_and_end_to_ask(pod)
+        with urllib.request.urlopen(f"http://127.0.0.1:{pod.port}/metrics") as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
+    has = {sample.name: {*sample.labels} | ADDED_BY_PROMETHEUS for sample in samples}
+    for name, labels in asked.items():
+        assert labels <= has.get(name, ADDED_BY_PROMETHEUS if name == "up" else set()), name
 
 
 def begin_and_end_to_ask(pod: Pod) -> bytes:

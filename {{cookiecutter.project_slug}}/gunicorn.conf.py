@@ -1,5 +1,6 @@
 """How gunicorn runs the service; `python -m app` starts it."""
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -51,16 +52,24 @@ def on_starting(server: Any) -> None:
     server.stop = refuse_and_stop
 
 
-# With several workers, each counts into files of its own, and /metrics adds them up.
+# With several workers, each counts into files of its own, and /metrics adds them up. A worker goes
+# on with the files of one that has gone, so they do not pile up and no counter goes backwards.
 if workers > 1:
     metrics_dir = tempfile.mkdtemp(prefix="metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+
+    def pre_fork(server: Any, worker: Any) -> None:
+        taken = {other.place for other in server.WORKERS.values()}
+        worker.place = next(place for place in itertools.count() if place not in taken)
+
+    def post_fork(server: Any, worker: Any) -> None:
+        os.environ["WORKER_PLACE"] = str(worker.place)
 
     def child_exit(server: Any, worker: Any) -> None:
         # Imported here: it looks for the directory above when it is first imported.
         from prometheus_client import multiprocess
 
-        multiprocess.mark_process_dead(worker.pid)
+        multiprocess.mark_process_dead(worker.place)
 
     def on_exit(server: Any) -> None:
         shutil.rmtree(metrics_dir, ignore_errors=True)

@@ -1,9 +1,14 @@
 """Prometheus metrics: of requests by route, of batches by model."""
 
+import os
 from functools import cache
 from typing import Literal
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, values
+
+if place := os.environ.get("WORKER_PLACE"):
+    # One of several workers; gunicorn.conf.py says why their files are not by process id.
+    values.ValueClass = values.MultiProcessValue(lambda: place)  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 COMPUTE_BUCKETS_S = (0.0001, 0.00025, 0.0005, *LATENCY_BUCKETS_S)

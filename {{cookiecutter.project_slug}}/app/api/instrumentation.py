@@ -9,12 +9,14 @@ from prometheus_fastapi_instrumentator.metrics import Info
 
 from app import metrics
 
+METRICS = "/metrics"
+
 
 def instrument(app: FastAPI, probes: Collection[str]) -> None:
     """Count and time the requests to `app`, probes and metrics aside, and serve /metrics."""
     Instrumentator(
         should_group_status_codes=False,
-        excluded_handlers=[f"^{re.escape(path)}$" for path in (*probes, "/metrics")],
+        excluded_handlers=[f"^{re.escape(path)}$" for path in (*probes, METRICS)],
     ).add(_count).instrument(app).expose(app, tags=["operations"], summary="Prometheus metrics")
 
 

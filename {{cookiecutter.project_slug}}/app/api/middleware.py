@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.instrumentation import METRICS
 from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, Headers, JsonRoute
 from app.api.problems import problem_reply, problem_response
 from app.api.reply import JSON, Reply
@@ -61,7 +62,7 @@ class RequestContext:
     ) -> None:
         self.app = app
         self.routes = routes
-        self.quiet = frozenset((*probes, "/metrics"))
+        self.quiet = frozenset((*probes, METRICS))
         self.lifecycle = lifecycle
         self.access_log = access_log
 

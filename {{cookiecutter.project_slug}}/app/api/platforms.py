@@ -9,15 +9,17 @@ nothing else, back; and both ask another path whether to send any. Their contrac
   for inference" in its documentation.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from typing import Any
 
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field, create_model
+from starlette.routing import Match
 
+from app.api.instrumentation import METRICS
 from app.api.json_route import CallParameter, Endpoint
 from app.api.predict import PredictionRoutes, batch_endpoint, declare_body, title_of
-from app.api.probes import PROBES
+from app.api.probes import READY
 from app.errors import StartupError
 from app.lifecycle import Lifecycle
 from app.repository import ServedModel
@@ -29,31 +31,41 @@ PROBE = "/ping"
 def add_platform_routes(
     app: FastAPI, routes: PredictionRoutes, lifecycle: Lifecycle
 ) -> Collection[str]:
-    """The paths that platforms probe.
+    """Add them to all others; gives the paths that platforms probe.
 
     Raises:
         StartupError: a path that is asked for is taken.
     """
     settings, repository = routes.settings, lifecycle.repository
-    probes = {PROBE, settings.aip_health_route or PROBE}
+    predict, health = settings.aip_predict_route or PREDICT, settings.aip_health_route or PROBE
+    _check("AIP_PREDICT_ROUTE", predict, app, free={PREDICT}, taken={PROBE, METRICS, health})
+    _check("AIP_HEALTH_ROUTE", health, app, free={PROBE, READY}, taken={PREDICT, METRICS})
     if repository.default:
         model = repository.models[repository.default]
         endpoint = _instances_endpoint(model, settings.max_instances)
-        for path in (PREDICT, settings.aip_predict_route):
-            if path in routes.by_path:
-                raise StartupError(
-                    f"AIP_PREDICT_ROUTE: {path} answers in a form of its own; leave the model's "
-                    "predictRoute empty, or give it another path, such as /vertex."
-                )
-            if path:
-                routes.add(path, model, endpoint, tag="platforms")
+        for path in sorted({PREDICT, predict}):
+            routes.add(path, model, endpoint, tag="platforms")
+    probes = {PROBE, health} - {READY}
 
     async def probe() -> Response:
         return Response(status_code=503 if await lifecycle.readiness_fault() else 200)
 
-    for path in sorted(probes.difference(PROBES)):
+    for path in sorted(probes):
         app.get(path, tags=["platforms"], summary="Requests are answered, as by /ready")(probe)
     return probes
+
+
+def _check(
+    variable: str, path: str, app: FastAPI, *, free: Container[str], taken: Container[str]
+) -> None:
+    """Whether `path`, which `variable` asks for, may be what it asks for."""
+    scope = {"type": "http", "path": path, "method": "GET"}
+    is_known = any(route.matches(scope)[0] is not Match.NONE for route in app.routes)
+    if path not in free and (path in taken or is_known):
+        raise StartupError(
+            f"{variable}: {path} is a path of this service; leave the routes of the model empty, "
+            "and Vertex AI gives its own."
+        )
 
 
 def _instances_endpoint(model: ServedModel, max_instances: int) -> Endpoint:

@@ -9,7 +9,8 @@ from app.lifecycle import Lifecycle, Phase
 from app.predictor import Provider
 from app.repository import State
 
-PROBES = ("/health", "/startup", "/ready")
+READY = "/ready"
+PROBES = ("/health", "/startup", READY)
 
 
 class Health(BaseModel):
@@ -60,7 +61,7 @@ def add_probe_routes(app: FastAPI, lifecycle: Lifecycle) -> None:
         return status(response, None if lifecycle.is_started else "Models are loading.")
 
     @app.get(
-        "/ready",
+        READY,
         tags=["operations"],
         summary="Requests are answered",
         responses=unavailable,

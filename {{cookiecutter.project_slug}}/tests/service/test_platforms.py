@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx2 as httpx
+import pytest
 
-from tests.service.server import PROJECT, Service, Start, assert_problem, free_port
+from app.errors import StartupError
+from app.main import create_app
+from tests.service.server import FAKES, PROJECT, Service, Start, assert_problem, free_port
 from tests.service.test_api import KEY, digest
 
 ROWS = {"instances": [{"x": 1, "class": ""}, {"x": 2, "class": ""}]}
@@ -91,7 +95,27 @@ class TestVertexAI:
     def test_its_probe_may_be_ours(self, start: Start) -> None:
         start(AIP_HEALTH_ROUTE="/ready").wait_for("/ready")
 
-    def test_a_path_that_answers_otherwise_is_refused(self, start: Start) -> None:
-        service = start(AIP_PREDICT_ROUTE="/v1/predict")
-        assert service.exit_code() != 0
-        assert "AIP_PREDICT_ROUTE: /v1/predict" in service.log
+    @pytest.mark.parametrize(
+        ("variable", "path"),
+        [
+            ("AIP_PREDICT_ROUTE", "/v1/predict"),
+            ("AIP_PREDICT_ROUTE", "/v1/models/double/predict"),
+            ("AIP_PREDICT_ROUTE", "/ready"),
+            ("AIP_PREDICT_ROUTE", "/ping"),
+            ("AIP_HEALTH_ROUTE", "/v1/models"),
+            ("AIP_HEALTH_ROUTE", "/v1/models/double"),
+            ("AIP_HEALTH_ROUTE", "/health"),
+            ("AIP_HEALTH_ROUTE", "/metrics"),
+            ("AIP_HEALTH_ROUTE", "/docs"),
+            ("AIP_HEALTH_ROUTE", "/invocations"),
+        ],
+    )
+    def test_a_path_that_is_taken_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, fake_artifacts: Path, variable: str, path: str
+    ) -> None:
+        monkeypatch.setenv("PREDICTORS_DIR", str(FAKES))
+        monkeypatch.setenv("ARTIFACTS_DIR", str(fake_artifacts))
+        monkeypatch.setenv("DEFAULT_MODEL", "double")
+        monkeypatch.setenv(variable, path)
+        with pytest.raises(StartupError, match=f"{variable}: {path} is a path of this service"):
+            create_app()

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 
 from tests.service.server import FAKES, Service, Start, publish
@@ -24,6 +25,11 @@ def assert_answers(service: Service, requests: int = 50) -> None:
         answer = service.post_alone("/v1/predict", {"features": {"x": 1}})
         assert answer.status_code == 200
         assert answer.json()["prediction"] == {"y": 2}
+
+
+def times_loaded(service: Service) -> int:
+    """How many workers have loaded the default model."""
+    return sum(line["model"] == "double" for line in service.log_lines("model ready"))
 
 
 @pytest.fixture
@@ -47,6 +53,28 @@ def test_the_metrics_are_those_of_all(start: Start) -> None:
     assert_answers(service, requests=20)
     counted = 'http_requests_total{handler="/v1/predict",method="POST",status="200"} 20.0'
     assert counted in service.client.get("/metrics").text
+
+
+def test_counters_go_on_when_workers_are_replaced_and_files_do_not_pile_up(
+    start: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    service = start(WEB_CONCURRENCY=2, TMPDIR=folder).wait_for("/ready")
+    counted = 'http_requests_total{handler="/v1/predict",method="POST",status="200"} %d.0'
+    waiting = 'inference_queue_depth{model="double",version="1"} 0.0'
+    for times in range(1, 5):
+        assert_answers(service, requests=20)
+        metrics = service.client.get("/metrics").text
+        assert counted % (20 * times) in metrics
+        assert waiting in metrics
+        places = {path.stem.rpartition("_")[2] for path in folder.glob("metrics-*/*.db")}
+        assert places == {"0", "1"}
+        os.kill(worker_pids(service)[-1], signal.SIGKILL)
+        service.wait_until(lambda: times_loaded(service) == 2 + times)  # noqa: B023
+        # Who was connected to the worker that is gone connects anew.
+        service.client.close()
+        service.client = httpx.Client(base_url=service.url)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
