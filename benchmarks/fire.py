@@ -71,18 +71,11 @@ class Client:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def connect(self) -> int:
-        """The port of this end of the connection, which is a new one where there is none."""
+    async def send(self, request: bytes) -> None:
         if self._streams and self._streams[0].at_eof():
             self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
-        own_port: int = self._streams[1].get_extra_info("sockname")[1]
-        return own_port
-
-    async def send(self, request: bytes) -> None:
-        await self.connect()
-        assert self._streams  # noqa: S101
         self._streams[1].write(request)
         await self._streams[1].drain()
 

@@ -50,6 +50,9 @@ UNTOLD_S = 4
 RECOVERY_S = 3
 """The time that the issue gives a service to have all of its workers again."""
 
+MODELS_OF_KILLS = {"w1": "W1, ONNX", "fire": "W2, scikit-learn"}
+"""What a worker has to import and load decides how long it takes."""
+
 NEW_CONNECTION_AFTER = 20
 RATE_S = 2
 ESTABLISHED = "01"
@@ -121,12 +124,13 @@ class Service:
     """How a pod of ours is started, what it is asked, and what its manifest says."""
 
     place: Place
+    model: str
     exchanges: list[Exchange]
 
     def start(self, port: int, **environment: str) -> Server:
         """It, once it is ready."""
         contestant = contestants()[OURS]
-        command = contestant.start(self.place, "fire", port)
+        command = contestant.start(self.place, self.model, port)
         command = Command(command.arguments, command.folder, command.environment | environment)
         log = BUILD / "logs" / f"rollout-{port}.log"
         return Server(command, "/ready", port, log, CORES.server)
@@ -273,8 +277,9 @@ async def restarts(service: Service, replicas: int, times: int, requests: int) -
 
 @dataclass(frozen=True)
 class Kill:
+    model: str
     in_flight: int
-    """Requests that the killed worker had been sent, and had not answered."""
+    """The connections of the killed worker: on each a caller waits, or is about to ask."""
 
     statuses: Counter[int]
     back_s: float
@@ -295,35 +300,30 @@ class Kill:
     def as_row(self) -> list[str]:
         rates = [f"{self.rate_before:,.0f}", f"{self.rate_after:,.0f}"]
         counts = [f"{self.in_flight}", f"{self.failed}", said(self.statuses)]
-        return [*counts, f"{self.back_s:.2f}", *rates]
+        return [MODELS_OF_KILLS[self.model], *counts, f"{self.back_s:.2f}", *rates]
 
 
-class BusyCaller:
-    """Asks without a pause, with a new connection now and then, so that all workers get some."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self.connection: int | None = None
-        """The port of its end, while it waits for an answer."""
-
-    async def ask(self, exchanges: list[Exchange], statuses: Counter[int]) -> None:
-        client = Client(self._port)
-        for exchange in random.sample(exchanges, NEW_CONNECTION_AFTER):
-            self.connection = await client.connect()
-            code, content = await client.ask(exchange.request)
-            self.connection = None
-            if code == 200 and exchange.fault(content, 1e-5):
-                code = -1
-            statuses[code] += 1
-        client.close()
+async def ask_on_one_connection(
+    port: int, exchanges: list[Exchange], statuses: Counter[int]
+) -> None:
+    """Without a pause, and not for long, so that all workers get some callers."""
+    client = Client(port)
+    for exchange in random.sample(exchanges, NEW_CONNECTION_AFTER):
+        code, content = await client.ask(exchange.request)
+        if code == 200 and exchange.fault(content, 1e-5):
+            code = -1
+        statuses[code] += 1
+    client.close()
 
 
 def connections(pid: int, port: int) -> set[int]:
     """The other ends' ports of what `pid` has accepted at `port`."""
     inodes = set()
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            inodes.add(str(path.readlink()).removeprefix("socket:[").removesuffix("]"))
+    # It may end while it is looked at.
+    with suppress(OSError):
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inodes.add(str(path.readlink()).removeprefix("socket:[").removesuffix("]"))
     found = set()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
@@ -338,12 +338,11 @@ async def kill(service: Service) -> Kill:
     port = free_port()
     server = await asyncio.to_thread(service.start, port, WEB_CONCURRENCY="2")
     statuses: Counter[int] = Counter()
-    callers = [BusyCaller(port) for _ in range(CALLERS)]
     is_over = False
 
-    async def go_on(caller: BusyCaller) -> None:
+    async def go_on() -> None:
         while not is_over:
-            await caller.ask(service.exchanges, statuses)
+            await ask_on_one_connection(port, service.exchanges, statuses)
 
     async def rate() -> float:
         before = statuses[200]
@@ -354,15 +353,17 @@ async def kill(service: Service) -> Kill:
         pids = descendants(server.process.pid)
         return {pid: found for pid in pids if (found := connections(pid, port))}
 
-    tasks = [asyncio.create_task(go_on(caller)) for caller in callers]
+    tasks = [asyncio.create_task(go_on()) for _ in range(CALLERS)]
     try:
         while len(workers()) < 2:
             await asyncio.sleep(0.01)
         rate_before = await rate()
-        victim, its = max(workers().items(), key=lambda item: len(item[1]))
+        victim = max(found := workers(), key=lambda pid: len(found[pid]))
+        # Held still while it is looked at.
+        os.kill(victim, signal.SIGSTOP)
+        in_flight = len(connections(victim, port))
         os.kill(victim, signal.SIGKILL)
         killed = monotonic()
-        in_flight = len(its & {caller.connection for caller in callers})
         while len(set(workers()) - {victim}) < 2 and monotonic() < killed + 60:
             await asyncio.sleep(0.01)
         back_s = monotonic() - killed
@@ -371,13 +372,13 @@ async def kill(service: Service) -> Kill:
         is_over = True
         await asyncio.gather(*tasks)
         server.stop()
-    return Kill(in_flight, statuses, back_s, rate_before, rate_after)
+    return Kill(service.model, in_flight, statuses, back_s, rate_before, rate_after)
 
 
 def as_markdown(results: list[Result], kills: list[Kill], commit_id: str) -> str:
     about = (
         f"Written by `make bench-rollout` on {datetime.now(UTC).date()}, commit {commit_id}. The "
-        "model is the random forest of W2, in the default project.\n"
+        "model is the random forest of W2, in the default project, unless it says another.\n"
     )
     rolling = (
         f"{RESTARTS} restarts each, {CALLERS} callers on connections that they keep, with pauses "
@@ -389,10 +390,11 @@ def as_markdown(results: list[Result], kills: list[Kill], commit_id: str) -> str
     killing = (
         "SIGKILL to one of two workers that answer "
         f"{CALLERS} callers without a pause, each of whom makes a new connection after "
-        f"{NEW_CONNECTION_AFTER} requests. In flight is what the worker had been sent and had not "
-        "answered. It is back when as many workers as before have connections.\n"
+        f"{NEW_CONNECTION_AFTER} requests. In flight are the worker's connections, on each of which "
+        "a caller waits or is about to ask. It is back when as many workers as before have some.\n"
     )
-    kill_head = ["in flight", "failed", "statuses", "back after s", "req/s before", "and after"]
+    kill_head = ["model", "in flight", "failed", "statuses", "back after s"]
+    kill_head += ["req/s before", "and after"]
     return "\n".join(
         [
             "# Rolling restarts and killed workers\n",
@@ -407,15 +409,21 @@ def as_markdown(results: list[Result], kills: list[Kill], commit_id: str) -> str
     )
 
 
-async def run(service: Service, times: int, requests: int) -> tuple[list[Result], list[Kill]]:
+async def run(place: Place, times: int, requests: int) -> tuple[list[Result], list[Kill]]:
     results, kills = [], []
     for replicas in (2, 1):
-        results.append(await restarts(service, replicas, times, requests))
+        results.append(await restarts(serving(place, "fire"), replicas, times, requests))
         print(" | ".join(results[-1].as_row()), flush=True)
-    for _ in range(times):
-        kills.append(await kill(service))
-        print(" | ".join(kills[-1].as_row()), flush=True)
+    for model in MODELS_OF_KILLS:
+        for _ in range(times):
+            kills.append(await kill(serving(place, model)))
+            print(" | ".join(kills[-1].as_row()), flush=True)
     return results, kills
+
+
+def serving(place: Place, model: str) -> Service:
+    workload = make_workload(model, MODELS)
+    return Service(place, model, exchanges_of(contestants()[OURS], workload))
 
 
 def main() -> None:
@@ -428,10 +436,8 @@ def main() -> None:
         sys.exit("haproxy is not installed: apt-get install haproxy")
     BUILD.mkdir(parents=True, exist_ok=True)
     make_models(MODELS)
-    workload = make_workload("fire", MODELS)
     place = make_place(OURS, REPOSITORY)
-    service = Service(place, exchanges_of(contestants()[OURS], workload))
-    results, kills = asyncio.run(run(service, arguments.restarts, arguments.requests))
+    results, kills = asyncio.run(run(place, arguments.restarts, arguments.requests))
     arguments.output.write_text(as_markdown(results, kills, commit(REPOSITORY)))
     print(f"\nwrote {os.path.relpath(arguments.output)}")
     is_right = all(result.is_right for result in results) and all(one.is_right for one in kills)

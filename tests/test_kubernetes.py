@@ -456,7 +456,5 @@ def test_the_commands_of_the_page_are_what_kubectl_takes(
         )
         needs_none = command.startswith("kubectl kustomize")
         assert (done.returncode == 0) == needs_none, command
-        assert needs_none or "127.0.0.1:1: connect: connection refused" in done.stderr, (
-            command,
-            done.stderr,
-        )
+        found_none = re.search("127.0.0.1:1(: connect: connection| was) refused", done.stderr)
+        assert needs_none or found_none, (command, done.stderr)
