@@ -378,7 +378,7 @@ async def kill(service: Service) -> Kill:
 def as_markdown(results: list[Result], kills: list[Kill], commit_id: str) -> str:
     about = (
         f"Written by `make bench-rollout` on {datetime.now(UTC).date()}, commit {commit_id}. The "
-        "model is the random forest of W2, in the default project, unless it says another.\n"
+        "model is the random forest of W2, in the default project, where no other is named.\n"
     )
     rolling = (
         f"{RESTARTS} restarts each, {CALLERS} callers on connections that they keep, with pauses "
@@ -390,8 +390,8 @@ def as_markdown(results: list[Result], kills: list[Kill], commit_id: str) -> str
     killing = (
         "SIGKILL to one of two workers that answer "
         f"{CALLERS} callers without a pause, each of whom makes a new connection after "
-        f"{NEW_CONNECTION_AFTER} requests. In flight are the worker's connections, on each of which "
-        "a caller waits or is about to ask. It is back when as many workers as before have some.\n"
+        f"{NEW_CONNECTION_AFTER} requests. In flight are the worker's connections, on each of "
+        "which a caller waits or is about to ask. It is back when as many as before have some.\n"
     )
     kill_head = ["model", "in flight", "failed", "statuses", "back after s"]
     kill_head += ["req/s before", "and after"]
