@@ -114,7 +114,8 @@ def check_custom(folder: Path, objects: list[Object]) -> subprocess.CompletedPro
 
 def test_custom_resources_are_valid(rendered: Rendered, custom_resources: Path) -> None:
     objects = [entry for entry in distinct(rendered) if is_custom(entry)]
-    kinds = {"PodMonitor", "ScaledObject", "HTTPRoute", "Rollout", "AnalysisTemplate"}
+    kinds = {"PodMonitor", "PrometheusRule", "ScaledObject"}
+    kinds |= {"HTTPRoute", "Rollout", "AnalysisTemplate"}
     assert {entry["kind"] for entry in objects} == kinds
     done = check_custom(custom_resources, objects)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,15 @@ from typing import Literal, NamedTuple, Protocol
 
 from app import metrics
 from app.batching import Outlet, Ticket, outcomes_of
-from app.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed, ServiceError
+from app.errors import (
+    DeadlineExceeded,
+    ModelLost,
+    NotReady,
+    OutOfMemory,
+    Overloaded,
+    PredictionFailed,
+    ServiceError,
+)
 from app.predictor import BaseFeatures, ItemError
 from app.repository import ServedModel
 from app.runner import Outcome
@@ -122,6 +130,8 @@ def _count(model: ServedModel, error: BaseException) -> None:
         DeadlineExceeded: "expired",
         Overloaded: "rejected",
         NotReady: "rejected",
+        OutOfMemory: "out_of_memory",
+        ModelLost: "lost",
     }
     if model.metrics:
         model.metrics.ended(outcomes.get(type(error), "failed"))

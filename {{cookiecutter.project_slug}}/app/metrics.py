@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from time import time
 from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram, values
@@ -68,14 +69,31 @@ _redis_breaker = Gauge(
     multiprocess_mode="livemax",
 )
 
+_info = Gauge(
+    "model_info",
+    "1 for a version that answers. `device`: what it is to run on, `provider`: what it runs on.",
+    [*_MODEL, "digest", "device", "provider"],
+    multiprocess_mode="livemax",
+)
+_loaded = Gauge(
+    "model_loaded_timestamp_seconds", "When it was loaded.", _MODEL, multiprocess_mode="livemax"
+)
+_load_seconds = Gauge(
+    "model_load_seconds", "What loading it took.", _MODEL, multiprocess_mode="livemax"
+)
+
 RejectReason = Literal["not_ready", "queue_full", "deadline"]
-Outcome = Literal["ok", "invalid", "failed", "rejected", "expired", "cancelled"]
+Outcome = Literal[
+    "ok", "invalid", "failed", "out_of_memory", "lost", "rejected", "expired", "cancelled"
+]
+"""`failed`: the model raised, or broke its contract; `lost`: the device did."""
 
 
 class ModelMetrics:
     """The metrics of one version of one model. Looking labels up takes longer than counting."""
 
     def __init__(self, model: str, version: str) -> None:
+        self._labels = (model, version)
         self._rejection = cache(lambda reason: _rejections.labels(model, version, reason))
         self._outcome = cache(lambda outcome: _outcomes.labels(model, version, outcome))
         self._queue_rows = _queue_rows.labels(model, version)
@@ -85,6 +103,12 @@ class ModelMetrics:
         self._compute = _compute.labels(model, version)
         self.reruns = _reruns.labels(model, version)
         self.max_rows = _max_rows.labels(model, version)
+
+    def loaded(self, seconds: float, *, digest: str, device: str, provider: str) -> None:
+        """It answers from now on."""
+        _info.labels(*self._labels, digest[:12], device, provider).set(1)
+        _loaded.labels(*self._labels).set(time())
+        _load_seconds.labels(*self._labels).set(seconds)
 
     def waiting(self, rows: int) -> None:
         """So many rows wait."""

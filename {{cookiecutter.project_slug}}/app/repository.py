@@ -107,13 +107,19 @@ class ServedModel:
         self.cache = self._make_cache(artifact)
         self._provider = self._runner.predictor.provider
         self.state = State.READY
+        load_s = perf_counter() - started
+        if self.metrics:
+            device = self._settings.expected_device
+            self.metrics.loaded(
+                load_s, digest=artifact.digest, device=device, provider=self._provider
+            )
         log.info(
             "model ready",
             extra={
                 "model": self.name,
                 "model_version": self.version,
                 "provider": self.provider,
-                "load_s": round(perf_counter() - started, 3),
+                "load_s": round(load_s, 3),
                 "runs_inline": self._runner.may_run_inline,
             },
         )

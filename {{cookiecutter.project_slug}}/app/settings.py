@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     device: Device = "auto"
     """`auto` takes a GPU where there is one; `cuda` refuses to start without; `cpu`."""
 
+    nvidia_visible_devices: str = ""
+    """The GPUs that the container was given; the image for CUDA sets it to `all`."""
+
     predictors_dir: Path = Path("predictors")
     """Folder with one file per model."""
 
@@ -127,6 +130,12 @@ class Settings(BaseSettings):
     @property
     def listening_port(self) -> int:
         return self.aip_http_port or self.port
+
+    @property
+    def expected_device(self) -> Device:
+        """What models should run on: a container that was given GPUs is there for them."""
+        has_gpus = self.nvidia_visible_devices not in ("", "void", "none")
+        return "cuda" if self.device == "auto" and has_gpus else self.device
 
     @field_validator("api_keys_sha256", mode="before")
     @classmethod

@@ -99,6 +99,10 @@ class TestMetrics:
         service.client.get("/some/path/that/is/not")
         service.client.get("/health")
         text = service.client.get("/metrics").text
+        info = 'model_info{device="auto",digest="%s",model="double",provider="cpu",version="1"} 1.0'
+        digest = service.client.get("/v1/models/double").json()["artifact_digest"]
+        assert info % digest[:12] in text
+        assert 'model_load_seconds{model="double",version="1"}' in text
         route = 'handler="/v1/models/double/predict",method="POST"'
         assert "http_requests_total{" + route + ',status="200"} 3.0' in text
         assert "http_requests_total{" + route + ',status="422"} 1.0' in text

@@ -76,5 +76,27 @@ def test_words_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (load_settings().log_level, load_settings().device) == ("info", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("auto", None, "auto"),
+        ("auto", "", "auto"),
+        ("auto", "void", "auto"),
+        ("auto", "none", "auto"),
+        ("auto", "all", "cuda"),
+        ("auto", "GPU-1,GPU-2", "cuda"),
+        ("cpu", "all", "cpu"),
+        ("cuda", None, "cuda"),
+    ],
+)
+def test_a_container_with_gpus_is_expected_to_use_them(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("DEVICE", device)
+    if visible is not None:
+        monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", visible)
+    assert load_settings().expected_device == expected
+
+
 def test_each_is_explained_where_it_is_declared() -> None:
     assert all(field.description for field in Settings.model_fields.values())
