@@ -124,6 +124,7 @@ FILES = [
     "tests/service/predictors/faulty.py",
     "tests/service/predictors/gate.py",
     "tests/service/test_api.py",
+    "tests/service/test_logs.py",
     "tests/service/test_platforms.py",
     "tests/service/test_arrays.py",
     "tests/service/test_artifacts.py",

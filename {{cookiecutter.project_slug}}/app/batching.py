@@ -93,6 +93,25 @@ class Outlet(Protocol[OutcomeT_contra]):
     def cancel(self) -> object: ...
 
 
+@dataclass(slots=True)
+class BatchTimings:
+    """Of a batch: shared by all whose rows are in it."""
+
+    started: float
+    rows: int = 0
+    seconds: float = 0
+    """What running it took, again where it had failed."""
+
+
+@dataclass(slots=True)
+class Timings:
+    """How the rows of a request fared, for the log."""
+
+    queued: float
+    batch: BatchTimings | None = None
+    """The first with some of them, once it has begun."""
+
+
 @dataclass(eq=False, slots=True)
 class _Request(Generic[RowT, OutcomeT]):
     """Rows that one caller waits for. They may end up in several batches, in order."""
@@ -106,6 +125,7 @@ class _Request(Generic[RowT, OutcomeT]):
     queued: float
     outlet: Outlet[OutcomeT]
     collector: "Collector[RowT, OutcomeT]"
+    timings: Timings
     waiting: int
     """Rows that are in no batch yet."""
 
@@ -139,6 +159,7 @@ class _Batch(Generic[RowT, OutcomeT]):
 
     parts: _Parts[RowT, OutcomeT]
     to_run: list[_Parts[RowT, OutcomeT]]
+    timings: BatchTimings
     reruns: int = 0
     was_too_large: bool = False
 
@@ -154,6 +175,14 @@ class Ticket(Protocol[OutcomeT]):
 
     def prolong(self, deadline: float) -> None:
         """Go on until `deadline`, if that is later than so far."""
+
+
+class TimedTicket(Ticket[OutcomeT], Protocol[OutcomeT]):
+    """Of rows that a model is asked for."""
+
+    @property
+    def timings(self) -> Timings:
+        """Filled while the rows are scored."""
 
 
 async def outcomes_of(
@@ -255,7 +284,7 @@ class Collector(Generic[RowT, OutcomeT]):
         *,
         group: Group = (0, None),
         is_alone: bool = False,
-    ) -> Ticket[OutcomeT]:
+    ) -> TimedTicket[OutcomeT]:
         """Have `rows` scored; what comes out goes to `outlet`, which may be at once.
 
         `is_alone` says that no other request comes in this turn of the event loop, so that there
@@ -267,7 +296,10 @@ class Collector(Generic[RowT, OutcomeT]):
         self.admit(len(rows), deadline)
         now = self._clock()
         self._count += 1
-        request = _Request(rows, deadline, group, self._count, now, outlet, self, len(rows))
+        timings = Timings(now)
+        request = _Request(
+            rows, deadline, group, self._count, now, outlet, self, timings, len(rows)
+        )
         is_idle = self.is_idle
         if is_idle:
             self._policy.found_idle(now)
@@ -383,11 +415,13 @@ class Collector(Generic[RowT, OutcomeT]):
         self._schedule()
 
     def _start(self, parts: _Parts[RowT, OutcomeT], now: float) -> None:
+        timings = BatchTimings(now)
         for request, first, _ in parts:
             if not first:
+                request.timings.batch = timings
                 self._metrics.queue_wait.observe(now - request.queued)
         self._note_turnaround(now)
-        batch = _Batch(parts, [parts])
+        batch = _Batch(parts, [parts], timings)
         self._batches.add(batch)
         self._run_next(batch)
 
@@ -488,6 +522,8 @@ class Collector(Generic[RowT, OutcomeT]):
         rows = sum(len(part.rows) for part in parts)
         seconds = self._clock() - started
         self._metrics.ran(rows, seconds)
+        batch.timings.rows = max(batch.timings.rows, rows)
+        batch.timings.seconds += seconds
         # Raised here, the error would know this frame, which knows those who get the error.
         error = asyncio.CancelledError() if run.cancelled() else run.exception()
         if error is None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 from app import metrics
-from app.batching import Outlet, Ticket, outcomes_of
+from app.batching import Outlet, Ticket, Timings, outcomes_of
 from app.errors import (
     DeadlineExceeded,
     ModelLost,
@@ -71,6 +71,9 @@ def admit(model: ServedModel, deadline: float) -> None:
 class Terms(Protocol):
     """What a caller asks for, beside the rows."""
 
+    timings: Timings | None
+    """Is set to that of those of the rows of which the model is asked."""
+
     @property
     def deadline(self) -> float:
         """By `time.monotonic`."""
@@ -96,7 +99,9 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     deadline, priority, is_alone = terms.deadline, terms.priority, terms.is_alone
 
     def submit(rows: Sequence[BaseFeatures], outlet: Outlet[Outcome]) -> Ticket[Outcome]:
-        return model.submit(rows, deadline, outlet, priority=priority, is_alone=is_alone)
+        ticket = model.submit(rows, deadline, outlet, priority=priority, is_alone=is_alone)
+        terms.timings = ticket.timings
+        return ticket
 
     cache, use = model.cache, terms.use
     is_normal = use is CacheUse.NORMAL

@@ -17,6 +17,11 @@ from app.settings import Settings
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
 
 
+STORM_LINES = 10
+STORM_S = 10.0
+STORM_KINDS = 100
+
+
 def logging_config(settings: Settings) -> dict[str, Any]:
     """For `logging.config.dictConfig`.
 
@@ -56,9 +61,11 @@ def logging_config(settings: Settings) -> dict[str, Any]:
                 ],
             }
         },
+        "filters": {"storm": {"()": StormFilter}},
         "handlers": {
             "stderr": {
                 "class": "logging.StreamHandler",
+                "filters": ["storm"],
                 "stream": "ext://sys.stderr",
                 "formatter": "structured",
             }
@@ -79,6 +86,32 @@ def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+class StormFilter(logging.Filter):
+    """Of tracebacks of one kind, lets `STORM_LINES` through in `STORM_S`.
+
+    The first after that says in `left_out` how many did not get through. Each of their requests
+    has its line in the access log.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info:
+            return True
+        kind = (record.name, record.msg, record.exc_info[0])
+        since, count = self._seen.get(kind, (record.created, 0))
+        if record.created >= since + STORM_S:
+            if count > STORM_LINES:
+                record.left_out = count - STORM_LINES
+            since, count = record.created, 0
+        if len(self._seen) >= STORM_KINDS:
+            self._seen.clear()
+        self._seen[kind] = since, count + 1
+        return count < STORM_LINES
+
+
 class AccessLog:
     """A line for each request.
 
@@ -95,7 +128,7 @@ class AccessLog:
         self._logger = logging.getLogger(self.name)
         self._lines: list[bytes] = []
 
-    def write(self, level: int, **fields: Any) -> None:
+    def write(self, level: int, fields: dict[str, Any]) -> None:
         if level < self._level:
             return
         if not self._writes_json:

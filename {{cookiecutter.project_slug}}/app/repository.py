@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import artifacts
 from app.artifacts import Artifact
-from app.batching import Collector, Limits, Outlet, Ticket
+from app.batching import Collector, Limits, Outlet, TimedTicket, Timings
 from app.cache import ResponseCache, Stores, Times
 from app.discovery import PredictorClass, discover
 from app.errors import (
@@ -274,7 +274,7 @@ class ServedModel:
         *,
         priority: int = 0,
         is_alone: bool = False,
-    ) -> Ticket[Outcome]:
+    ) -> TimedTicket[Outcome]:
         """Have `rows` scored; they may share a batch with those of other callers.
 
         Raises:
@@ -324,7 +324,12 @@ class _Whole:
         self.outlet = outlet
         self.outcomes: list[Any] = [None] * rows
         self.missing = rows
-        self.tickets: list[Ticket[Outcome]] = []
+        self.tickets: list[TimedTicket[Outcome]] = []
+
+    @property
+    def timings(self) -> Timings:
+        """Of the last part."""
+        return self.tickets[-1].timings
 
     def withdraw(self) -> None:
         for ticket in self.tickets:

@@ -18,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.types import Receive
 
+from app import inference
 from app.api.keys import ApiKeys
 from app.api.reply import RawHeaders
+from app.batching import Timings
 from app.deadlines import Deadlines
 from app.errors import (
     BodyTimeout,
@@ -29,9 +31,10 @@ from app.errors import (
     invalid_fields,
     invalid_input,
 )
-from app.inference import CacheUse
+from app.inference import CacheStatus, CacheUse
 from app.metrics import RouteMetrics
 from app.protocol import Exchange
+from app.repository import ServedModel
 from app.settings import Settings
 
 CLIENT_LEFT = 499
@@ -70,6 +73,12 @@ class Call:
 
     priority: int = DEFAULT_PRIORITY
     use: CacheUse = CacheUse.NORMAL
+    timings: Timings | None = None
+    """How the rows fared that the model was asked for."""
+
+    cache: CacheStatus | None = None
+    """What the cache had for it."""
+
     reply_headers: RawHeaders = ()
     """Of the answer, beside those that every one has."""
 
@@ -115,11 +124,7 @@ class ClientLeft(Exception):
 
 
 class JsonRoute:
-    """Answers one path: reads the body, and calls `endpoint`.
-
-    Args:
-        admit: called with the deadline before the body is read; raises why not to read it.
-    """
+    """Answers one path: reads the body, and calls `endpoint`, which asks `model`."""
 
     def __init__(
         self,
@@ -127,9 +132,10 @@ class JsonRoute:
         endpoint: Endpoint,
         settings: Settings,
         keys: ApiKeys,
-        admit: Callable[[float], None],
+        model: ServedModel,
     ) -> None:
         self.path = path
+        self.model = model
         self._endpoint = endpoint.function
         body_model = endpoint.request_type
         self._parse: Parse = body_model.model_validate_json
@@ -143,7 +149,6 @@ class JsonRoute:
         self._timeout_s = settings.request_timeout_s
         self._max_body_bytes = settings.max_body_bytes
         self._keys = keys
-        self._admit = admit
         self.metrics = RouteMetrics("POST", path)
         self._reading: Deadlines[Task] = Deadlines(self._stop_reading)
         self._late: set[Task] = set()
@@ -169,7 +174,7 @@ class JsonRoute:
         """
         self._keys.check(call.headers)
         deadline = monotonic() + self._timeout(call.headers)
-        self._admit(deadline)
+        inference.admit(self.model, deadline)
         call.deadline = deadline
 
     async def answer(self, call: Call, receive: Receive) -> bytes:

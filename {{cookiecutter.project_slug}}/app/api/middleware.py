@@ -41,6 +41,11 @@ def _call(scope: Scope, exchange: Exchange | None = None) -> Call:
     return Call(request_id_of(headers), perf_counter(), headers, exchange)
 
 
+def _ms(seconds: float) -> float:
+    """With three digits. To round takes three times as long."""
+    return int(seconds * 1e6) / 1000
+
+
 def unforeseen() -> ServiceError:
     return ServiceError("An unexpected error; the log has it by the request id.")
 
@@ -140,16 +145,23 @@ class RequestContext:
         """Count and log a request that has been answered."""
         seconds = perf_counter() - call.started
         path: str = scope["path"]
+        fields: dict[str, Any] = {
+            "method": scope["method"],
+            "path": path[:MAX_LOGGED_PATH_CHARS],
+            "status": int(status),
+            "duration_ms": _ms(seconds),
+            "request_id": call.request_id,
+        }
         if route:
             route.metrics.ended(status, seconds)
-        self.access_log.write(
-            logging.DEBUG if path in self.quiet else logging.INFO,
-            method=scope["method"],
-            path=path[:MAX_LOGGED_PATH_CHARS],
-            status=int(status),
-            duration_ms=round(seconds * 1000, 3),
-            request_id=call.request_id,
-        )
+            fields["model"], fields["model_version"] = route.model.name, route.model.version
+            if call.cache:
+                fields["cache"] = call.cache
+            if (timings := call.timings) and (batch := timings.batch):
+                fields["batch_rows"] = batch.rows
+                fields["queue_wait_ms"] = _ms(batch.started - timings.queued)
+                fields["compute_ms"] = _ms(batch.seconds)
+        self.access_log.write(logging.DEBUG if path in self.quiet else logging.INFO, fields)
 
     async def _answer(
         self, route: JsonRoute, call: Call, scope: Scope, receive: Receive, send: Send

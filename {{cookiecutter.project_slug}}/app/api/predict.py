@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from http import HTTPStatus
 from time import perf_counter
 from typing import Annotated, Any
@@ -84,8 +83,7 @@ class PredictionRoutes:
         self._keys = keys
 
     def add(self, path: str, model: ServedModel, endpoint: Endpoint, tag: str = "predict") -> None:
-        admit = partial(inference.admit, model)
-        route = JsonRoute(path, endpoint, self.settings, self._keys, admit)
+        route = JsonRoute(path, endpoint, self.settings, self._keys, model)
         self.by_path[path] = route
         self._app.router.add_api_route(
             path,
@@ -131,7 +129,7 @@ def _single(model: ServedModel) -> Endpoint:
         answer = await inference.predict(model, [body.features], call)
         if answer.errors:
             raise _refused(answer.errors, lambda _: "features")
-        call.reply_headers = _cache_headers(answer)
+        call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
         return {**_envelope(call, model, answer), "prediction": answer.outcomes[0]}
 
     declare_body(predict, request_type, example)
@@ -157,7 +155,7 @@ def batch_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
         answer = await inference.predict(model, body.instances, call)
         if answer.errors:
             raise _refused(answer.errors, lambda row: f"instances.{row}")
-        call.reply_headers = _cache_headers(answer)
+        call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
         return {**_envelope(call, model, answer), "predictions": answer.outcomes}
 
     declare_body(predict, request_type, example)
