@@ -81,6 +81,13 @@ def cookiecutter(
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
+def make_project(template: Path, output: Path, name: str) -> BakedProject:
+    """The default project, with this name."""
+    result = cookiecutter(template, output, {"project_name": name})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return BakedProject(output / name.lower().replace(" ", "-"))
+
+
 @pytest.fixture
 def bake(template: Path, tmp_path: Path) -> Callable[..., BakedProject]:
     """Bakes with the given answers, the defaults for the others; it has to succeed."""

@@ -10,7 +10,7 @@ from time import monotonic, sleep
 import pytest
 import yaml
 
-from tests.conftest import TEMPLATE, BakedProject, cookiecutter
+from tests.conftest import TEMPLATE, BakedProject, make_project
 from tests.containers import Containers
 from tests.test_baked_projects import free_port
 from tests.test_image import EXAMPLE
@@ -21,9 +21,7 @@ WAIT_S = 60
 @pytest.fixture
 def project(template: Path, tmp_path: Path, containers: Containers) -> Iterator[BakedProject]:
     """Up, with the Redis of this Debian, on the only network that there is here: the host's."""
-    result = cookiecutter(template, tmp_path, {"project_name": "Compose Test"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    project = BakedProject(tmp_path / "compose-test")
+    project = make_project(template, tmp_path, "Compose Test")
     project.run("python", "-m", "training.fraud")
     services = yaml.safe_load(project.read("compose.yaml"))["services"]
     [base] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)", project.read("Dockerfile"), re.MULTILINE)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BakedProject, cookiecutter
+from tests.conftest import BakedProject, make_project
 from tests.containers import Container, Containers
 from tests.test_baked_projects import free_port
 
@@ -52,9 +52,7 @@ NOT_IMPORTED = {
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
     """With a model in two versions, and with secrets wherever somebody may leave them."""
     folder = tmp_path_factory.mktemp("image")
-    result = cookiecutter(template, folder, {"project_name": "Image Test"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    project = BakedProject(folder / "image-test")
+    project = make_project(template, folder, "Image Test")
     project.run("git", "init", "--quiet")
     who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     project.run("git", *who, "commit", "--quiet", "--allow-empty", "--message", "A commit")

@@ -16,7 +16,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY, TEMPLATE, BakedProject, cookiecutter
+from tests.conftest import REPOSITORY, TEMPLATE, BakedProject, make_project
 from tests.containers import Containers, run
 from tests.kustomizations import Object, Rendered, distinct, render
 from tests.network_policies import accepts, may_call
@@ -54,9 +54,7 @@ current-context: none
 @pytest.fixture(scope="module")
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
     folder = tmp_path_factory.mktemp("kubernetes")
-    result = cookiecutter(template, folder, {"project_name": "Image Test"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    return BakedProject(folder / "image-test")
+    return make_project(template, folder, "Image Test")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ENVIRONMENT, BakedProject, cookiecutter
+from tests.conftest import ENVIRONMENT, BakedProject, make_project
 from tests.test_baked_projects import free_port
 
 WAIT_S = 60
@@ -38,9 +38,7 @@ def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedPr
     if not shutil.which("promtool"):
         pytest.skip("monitoring is not tested without prometheus and promtool")
     folder = tmp_path_factory.mktemp("monitoring")
-    result = cookiecutter(template, folder, {"project_name": "Monitored"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    project = BakedProject(folder / "monitored")
+    project = make_project(template, folder, "Monitored")
     project.run("python", "-m", "training.fraud")
     return project
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import BakedProject, cookiecutter
+from tests.conftest import BakedProject, make_project
 from tests.containers import Container, Containers
 from tests.test_baked_projects import free_port
 from tests.test_image import EXAMPLE, begin_to_ask, read_all, refuses_connections
@@ -28,9 +28,7 @@ ADDED_BY_PROMETHEUS = {"namespace", "app_kubernetes_io_name", "rollouts_pod_temp
 @pytest.fixture(scope="module")
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
     folder = tmp_path_factory.mktemp("pod")
-    result = cookiecutter(template, folder, {"project_name": "Pod Test"})
-    assert result.returncode == 0, result.stdout + result.stderr
-    project = BakedProject(folder / "pod-test")
+    project = make_project(template, folder, "Pod Test")
     project.run("python", "-m", "training.fraud")
     return project
 

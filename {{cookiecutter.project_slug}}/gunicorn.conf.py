@@ -55,11 +55,13 @@ def on_starting(server: Any) -> None:
 # With several workers, each counts into files of its own, and /metrics adds them up. A worker goes
 # on with the files of one that has gone, so they do not pile up and no counter goes backwards.
 if workers > 1:
-    metrics_dir = tempfile.mkdtemp(prefix="metrics-")
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+    # A reload goes on with the directory; another gunicorn (SIGUSR2) begins with one of its own.
+    if os.environ.get("METRICS_OWNER") != str(os.getpid()):
+        os.environ["METRICS_OWNER"] = str(os.getpid())
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
 
     def pre_fork(server: Any, worker: Any) -> None:
-        taken = {other.place for other in server.WORKERS.values()}
+        taken = {getattr(other, "place", None) for other in server.WORKERS.values()}
         worker.place = next(place for place in itertools.count() if place not in taken)
 
     def post_fork(server: Any, worker: Any) -> None:
@@ -72,4 +74,4 @@ if workers > 1:
         multiprocess.mark_process_dead(worker.place)
 
     def on_exit(server: Any) -> None:
-        shutil.rmtree(metrics_dir, ignore_errors=True)
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

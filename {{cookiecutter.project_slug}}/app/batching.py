@@ -548,7 +548,7 @@ class Collector(Generic[RowT, OutcomeT]):
         """Run the halves of a failed batch, until only the requests at fault fail."""
         if len(parts) == 1 or batch.reruns + 2 > MAX_RERUNS:
             for part in parts:
-                _fail(part.request, PredictionFailed(error.detail), cause=error)
+                _fail(part.request, type(error)(error.detail), cause=error)
             return
         batch.reruns += 2
         self._metrics.reruns.inc(2)
@@ -566,7 +566,7 @@ class Collector(Generic[RowT, OutcomeT]):
         most = self.limits.smaller(rows)
         if not most or batch.was_too_large:
             for part in parts:
-                _fail(part.request, PredictionFailed(error.detail), cause=error)
+                _fail(part.request, type(error)(error.detail), cause=error)
             return
         batch.was_too_large = True
         if most < self.limits.max_rows:

@@ -11,7 +11,6 @@ from app import metrics
 from app.batching import Outlet, Ticket, Timings, outcomes_of
 from app.errors import (
     DeadlineExceeded,
-    ModelLost,
     NotReady,
     OutOfMemory,
     Overloaded,
@@ -136,7 +135,6 @@ def _count(model: ServedModel, error: BaseException) -> None:
         Overloaded: "rejected",
         NotReady: "rejected",
         OutOfMemory: "out_of_memory",
-        ModelLost: "lost",
     }
     if model.metrics:
         model.metrics.ended(outcomes.get(type(error), "failed"))

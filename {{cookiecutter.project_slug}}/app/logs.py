@@ -100,7 +100,7 @@ class StormFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not record.exc_info:
             return True
-        kind = (record.name, record.msg, record.exc_info[0])
+        kind = (record.pathname, record.lineno, record.exc_info[0])
         since, count = self._seen.get(kind, (record.created, 0))
         if record.created >= since + STORM_S:
             if count > STORM_LINES:

@@ -76,17 +76,15 @@ _info = Gauge(
     multiprocess_mode="livemax",
 )
 _loaded = Gauge(
-    "model_loaded_timestamp_seconds", "When it was loaded.", _MODEL, multiprocess_mode="livemax"
+    "model_loaded_timestamp_seconds", "When it was loaded last.", _MODEL, multiprocess_mode="max"
 )
 _load_seconds = Gauge(
     "model_load_seconds", "What loading it took.", _MODEL, multiprocess_mode="livemax"
 )
 
 RejectReason = Literal["not_ready", "queue_full", "deadline"]
-Outcome = Literal[
-    "ok", "invalid", "failed", "out_of_memory", "lost", "rejected", "expired", "cancelled"
-]
-"""`failed`: the model raised, or broke its contract; `lost`: the device did."""
+Outcome = Literal["ok", "invalid", "failed", "out_of_memory", "rejected", "expired", "cancelled"]
+"""`failed`: the model raised, or broke its contract."""
 
 
 class ModelMetrics:
