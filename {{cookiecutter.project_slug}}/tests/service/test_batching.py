@@ -381,7 +381,7 @@ class TestMemory:
             model = Model()
             model.memory = 0
             collecting = collector(model)
-            with pytest.raises(PredictionFailed, match="no memory"):
+            with pytest.raises(OutOfMemory, match="no memory"):
                 await submit(collecting, "a")
             assert collecting.limits.max_rows == 4
 
