@@ -122,7 +122,6 @@ class _Request(Generic[RowT, OutcomeT]):
     number: int
     """By order of arrival."""
 
-    queued: float
     outlet: Outlet[OutcomeT]
     collector: "Collector[RowT, OutcomeT]"
     timings: Timings
@@ -296,9 +295,8 @@ class Collector(Generic[RowT, OutcomeT]):
         self.admit(len(rows), deadline)
         now = self._clock()
         self._count += 1
-        timings = Timings(now)
         request = _Request(
-            rows, deadline, group, self._count, now, outlet, self, timings, len(rows)
+            rows, deadline, group, self._count, outlet, self, Timings(now), len(rows)
         )
         is_idle = self.is_idle
         if is_idle:
@@ -346,7 +344,7 @@ class Collector(Generic[RowT, OutcomeT]):
                 del self._queues[request.group]
 
     def _may_start_at_once(self, request: _Request[RowT, OutcomeT]) -> bool:
-        now, rows = request.queued, len(request.rows)
+        now, rows = request.timings.queued, len(request.rows)
         room = self.limits.max_rows - rows
         # A timer that is left from one who has gone would start another batch beside this one.
         is_free = room >= 0 and not self._wake and now < request.deadline
@@ -361,7 +359,7 @@ class Collector(Generic[RowT, OutcomeT]):
             self._cancel_wake()
             return
         now = self._clock()
-        oldest = min(next(iter(queue)).queued for queue in self._queues.values())
+        oldest = min(next(iter(queue)).timings.queued for queue in self._queues.values())
         room = self.limits.max_rows - self.rows_waiting
         fire_at = self._policy.fire_at(now, self.rows_waiting, room, oldest)
         # To wait for a model that is busy is not to wait for other rows.
@@ -419,7 +417,7 @@ class Collector(Generic[RowT, OutcomeT]):
         for request, first, _ in parts:
             if not first:
                 request.timings.batch = timings
-                self._metrics.queue_wait.observe(now - request.queued)
+                self._metrics.queue_wait.observe(now - request.timings.queued)
         self._note_turnaround(now)
         batch = _Batch(parts, [parts], timings)
         self._batches.add(batch)
