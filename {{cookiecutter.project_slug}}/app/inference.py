@@ -119,6 +119,8 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     errors = {row: item for row, item in enumerate(outcomes) if isinstance(item, ItemError)}
     if model.metrics:
         model.metrics.ended("invalid" if errors else "ok")
+    if model.values:
+        model.values.note(rows, outcomes)
     status: CacheStatus | None = None
     if cache and is_normal:
         status = "miss" if age_s is None else "hit"

@@ -1,6 +1,7 @@
 """Prometheus metrics: of requests by route, of batches by model."""
 
 import os
+from collections.abc import Callable, Mapping
 from functools import cache
 from time import time
 from typing import Literal
@@ -82,6 +83,18 @@ _load_seconds = Gauge(
     "model_load_seconds", "What loading it took.", _MODEL, multiprocess_mode="livemax"
 )
 
+_values = Counter(
+    "inference_values_total",
+    "Rows by the bin of a value that was sent or predicted; many are estimated from a sample.",
+    [*_MODEL, "field", "bin"],
+)
+_expected = Gauge(
+    "inference_values_expected_ratio",
+    "The part of the rows that was in the bin when the model was trained.",
+    [*_MODEL, "field", "bin"],
+    multiprocess_mode="livemax",
+)
+
 RejectReason = Literal["not_ready", "queue_full", "deadline"]
 Outcome = Literal["ok", "invalid", "failed", "out_of_memory", "rejected", "expired", "cancelled"]
 """`failed`: the model raised, or broke its contract."""
@@ -107,6 +120,15 @@ class ModelMetrics:
         _info.labels(*self._labels, digest[:12], device, provider).set(1)
         _loaded.labels(*self._labels).set(time())
         _load_seconds.labels(*self._labels).set(seconds)
+
+    def values(self, field: str, expected: Mapping[str, float]) -> Callable[[str], Counter]:
+        """Gives the counter of a bin of `field`, of which those `expected` are there at once."""
+        for name, share in expected.items():
+            _expected.labels(*self._labels, field, name).set(share)
+        counter = cache(lambda name: _values.labels(*self._labels, field, name))
+        for name in expected:
+            counter(name)
+        return counter
 
     def waiting(self, rows: int) -> None:
         """So many rows wait."""

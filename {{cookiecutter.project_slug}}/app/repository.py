@@ -12,11 +12,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from app import artifacts
 from app.artifacts import Artifact
 from app.batching import Collector, Limits, Outlet, TimedTicket, Timings
 from app.cache import ResponseCache, Stores, Times
 from app.discovery import PredictorClass, discover
+from app.drift import ValueCounts
 from app.errors import (
     ModelNotFound,
     NotReady,
@@ -29,6 +32,7 @@ from app.faults import failure
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics, ModelMetrics, StoreMetrics
 from app.predictor import BaseFeatures, BasePredictor, ItemError, Provider
+from app.reference import REFERENCE, Reference
 from app.runner import INLINE_BELOW_S, Outcome, Runner, run
 from app.settings import Settings
 from app.waiting import BatchCost, FixedWindow, LearnedReturns
@@ -62,6 +66,9 @@ class ServedModel:
 
         self.cache: ResponseCache | None = None
         """From when it is loaded, if answers may be given again."""
+
+        self.values: ValueCounts | None = None
+        """From when it is loaded, if it is known what values to expect."""
 
         self.on_lost: Callable[[str], None] = log.critical
         """Called when nothing that runs in this process can be expected to work any more."""
@@ -105,6 +112,7 @@ class ServedModel:
             raise
         self.artifact = artifact
         self.cache = self._make_cache(artifact)
+        self.values = self._make_value_counts(artifact)
         self._provider = self._runner.predictor.provider
         self.state = State.READY
         load_s = perf_counter() - started
@@ -158,6 +166,19 @@ class ServedModel:
             log.warning("%s: answers are not cached: %s", self.name, why)
             return None
         return cache
+
+    def _make_value_counts(self, artifact: Artifact) -> ValueCounts | None:
+        rows_per_s = self._settings.drift_rows_per_s
+        if not (rows_per_s and self.metrics and REFERENCE in artifact.manifest.files):
+            return None
+        path = artifact.directory / REFERENCE
+        try:
+            reference = Reference.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            log.warning("%s: drift is not watched: %s: %s", self.name, path, type(error).__name__)
+            return None
+        known = reference.of(self.predictor_class.features, self.predictor_class.prediction)
+        return ValueCounts(known, self.metrics, rows_per_s)
 
     def _identity(self, artifact: Artifact) -> tuple[str, ...]:
         """What an answer depends on, beside the row."""

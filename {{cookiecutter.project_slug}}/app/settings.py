@@ -121,6 +121,10 @@ class Settings(BaseSettings):
     api_keys_sha256: Annotated[tuple[str, ...], NoDecode] = ()
     """SHA-256 hex digests of the accepted API keys, separated by commas; empty: no key needed."""
 
+    drift_rows_per_s: int = Field(default=100, ge=0, le=10_000)
+    """Rows a second, of each model in each worker, whose values are looked at for drift; of more
+    a random sample. 0: none."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line to write."""
 

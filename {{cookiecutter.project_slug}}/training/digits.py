@@ -5,11 +5,14 @@
 The data are the 1,797 handwritten digits of 8 x 8 pixels that ship with scikit-learn.
 """
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
+from PIL import Image
 from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType
 from sklearn.datasets import load_digits
@@ -19,8 +22,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
 from app.artifacts import new_version
+from app.reference import describe
 from app.settings import load_settings
-from predictors.digits import Features
+from predictors.digits import SIDE, Features, Predictor
 
 MODEL = Path(__file__).stem
 SEED = 20_261_122
@@ -47,6 +51,14 @@ def largest_difference(pipeline: Pipeline, model: bytes, pixels: Any) -> float:
     return float(np.abs(pipeline.predict_proba(pixels) - exported).max())
 
 
+def as_png(pixels: NDArray[np.float32]) -> bytes:
+    """The 64 numbers from 0 to 16 of a digit as a file."""
+    file = BytesIO()
+    image = Image.fromarray((pixels.reshape(SIDE, SIDE) * (255 / 16)).round().astype(np.uint8))
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
 def main() -> None:
     pixels, digits = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
@@ -69,6 +81,9 @@ def main() -> None:
         metrics={"accuracy": round(accuracy, 4)},
     ) as directory:
         (directory / "model.onnx").write_bytes(model)
+        # What the service will be measured against, to see when digits are no longer like these.
+        sample = [Features.model_construct(image=as_png(image)) for image in test_x]
+        describe(directory, Predictor, sample)
     print(f"{MODEL}: accuracy {accuracy:.3f}; the ONNX graph agrees within {difference:.1e}.")
 
 

@@ -21,8 +21,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from app.artifacts import new_version
+from app.reference import describe
 from app.settings import load_settings
-from predictors.fraud import Features
+from predictors.fraud import Features, Predictor
 
 MODEL = Path(__file__).stem
 SEED = 20_261_122
@@ -116,6 +117,9 @@ def main() -> None:
         metrics={"roc_auc": round(roc_auc, 4)},
     ) as directory:
         (directory / "model.onnx").write_bytes(model)
+        # What the service will be measured against, to see when payments are no longer like these.
+        rows = test_x.to_dict("records")
+        describe(directory, Predictor, [Features.model_validate(row, strict=False) for row in rows])
     print(f"{MODEL}: ROC AUC {roc_auc:.3f}; the ONNX graph agrees within {difference:.1e}.")
 
 

@@ -15,8 +15,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from app.artifacts import new_version
+from app.reference import describe
 from app.settings import load_settings
-from predictors.wine import Features
+from predictors.wine import Features, Predictor
 
 MODEL = Path(__file__).stem
 
@@ -39,6 +40,10 @@ def main() -> None:
         metrics={"accuracy": round(accuracy, 4)},
     ) as directory:
         joblib.dump(model, directory / "model.joblib")
+        # What the service will be measured against, to see when wines are no longer like these.
+        names = list(Features.model_fields)
+        sample = [Features(**dict(zip(names, row, strict=True))) for row in rows.tolist()]
+        describe(directory, Predictor, sample)
     print(f"{MODEL}: accuracy {accuracy:.3f} in 5-fold cross-validation.")
 
 
