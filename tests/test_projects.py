@@ -94,6 +94,7 @@ FILES = [
     "app/shared_run.py",
     "app/tensor.py",
     "app/tensor_parser.py",
+    "app/tracing.py",
     "app/train.py",
     "app/waiting.py",
     "app/worker.py",
@@ -109,6 +110,7 @@ FILES = [
     "app/api/probes.py",
     "app/api/problems.py",
     "app/api/reply.py",
+    "app/api/spans.py",
     "predictors/churn.py",
     "training/churn.py",
     "tests/test_churn.py",
@@ -145,6 +147,7 @@ FILES = [
     "tests/service/test_start.py",
     "tests/service/test_stop.py",
     "tests/service/test_tensor.py",
+    "tests/service/test_tracing.py",
     "tests/service/test_workers.py",
     "tests/service/tls_proxy.py",
 ]

@@ -38,6 +38,7 @@ LAYERS = [
         "protocol",
         "metrics",
         "logs",
+        "tracing",
         "errors",
         "settings",
     },

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import chain
 from operator import itemgetter
 from time import monotonic
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from app.deadlines import Deadlines
 from app.errors import (
@@ -93,6 +93,25 @@ class Outlet(Protocol[OutcomeT_contra]):
     def cancel(self) -> object: ...
 
 
+class BatchTrace(Protocol):
+    """Follows a batch."""
+
+    context: Context
+    """Where the model is to be asked."""
+
+    def end(self, rows: int, /) -> object: ...
+
+
+class BatchTracer(Protocol):
+    """Follows requests into batches."""
+
+    def request(self) -> object:
+        """Whatever is to be known of the request on whose behalf this is called."""
+
+    def batch(self, requests: Sequence[Any], /) -> BatchTrace | None:
+        """Of `requests`, as known, begins a batch."""
+
+
 @dataclass(slots=True)
 class BatchTimings:
     """Of a batch: shared by all whose rows are in it."""
@@ -102,12 +121,17 @@ class BatchTimings:
     seconds: float = 0
     """What running it took, again where it had failed."""
 
+    trace: BatchTrace | None = None
+
 
 @dataclass(slots=True)
 class Timings:
-    """How the rows of a request fared, for the log."""
+    """How the rows of a request fared, for those who look on."""
 
     queued: float
+    request: object = None
+    """See `BatchTracer`."""
+
     batch: BatchTimings | None = None
     """The first with some of them, once it has begun."""
 
@@ -218,6 +242,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self.limits = limits
         self.rows_waiting = 0
         self.cost = policy.cost
+        self.tracer: BatchTracer | None = None
         self._run = run
         self._policy = policy
         self._metrics = metrics
@@ -295,9 +320,8 @@ class Collector(Generic[RowT, OutcomeT]):
         self.admit(len(rows), deadline)
         now = self._clock()
         self._count += 1
-        request = _Request(
-            rows, deadline, group, self._count, outlet, self, Timings(now), len(rows)
-        )
+        timings = Timings(now, self.tracer.request() if self.tracer else None)
+        request = _Request(rows, deadline, group, self._count, outlet, self, timings, len(rows))
         is_idle = self.is_idle
         if is_idle:
             self._policy.found_idle(now)
@@ -418,6 +442,8 @@ class Collector(Generic[RowT, OutcomeT]):
             if not first:
                 request.timings.batch = timings
                 self._metrics.queue_wait.observe(now - request.timings.queued)
+        if self.tracer:
+            timings.trace = self.tracer.batch([part.request.timings.request for part in parts])
         self._note_turnaround(now)
         batch = _Batch(parts, [parts], timings)
         self._batches.add(batch)
@@ -481,7 +507,8 @@ class Collector(Generic[RowT, OutcomeT]):
             rows = [row for part in parts for row in part.rows]
             # What comes out for the copies is not delivered to anybody.
             rows += rows[:1] * (self.limits.padded(len(rows)) - len(rows))
-            run = self._run(rows)
+            trace = batch.timings.trace
+            run = trace.context.run(self._run, rows) if trace else self._run(rows)
             if not run.done():
                 resume = partial(self._resume, batch, parts, started)
                 run.add_done_callback(resume, context=self._context)
@@ -500,6 +527,8 @@ class Collector(Generic[RowT, OutcomeT]):
         self._run_next(batch)
 
     def _free(self, batch: _Batch[RowT, OutcomeT]) -> None:
+        if batch.timings.trace:
+            batch.timings.trace.end(batch.timings.rows)
         self._free_since = self._clock()
         self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
         # The slot is free before the next batch is bound.

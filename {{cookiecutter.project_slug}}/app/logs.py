@@ -13,6 +13,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from app.settings import Settings
+from app.tracing import current_trace_id
 
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
 
@@ -30,7 +31,7 @@ def logging_config(settings: Settings) -> dict[str, Any]:
     """
     as_json = _writes_json(settings)
     fields: list[Processor] = [
-        _add_request_id,
+        _add_ids,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -80,14 +81,16 @@ def _writes_json(settings: Settings) -> bool:
     return settings.log_format == "json" or (is_auto and not sys.stderr.isatty())
 
 
-def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+def _add_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     if request_id := current_request_id.get(""):
         event.setdefault("request_id", request_id)
+    if trace_id := current_trace_id():
+        event.setdefault("trace_id", trace_id)
     return event
 
 
 class StormFilter(logging.Filter):
-    """Of tracebacks of one kind, lets `STORM_LINES` through in `STORM_S`.
+    """Of warnings, errors and tracebacks of one kind, lets `STORM_LINES` through in `STORM_S`.
 
     The first after that says in `left_out` how many did not get through. Each of their requests
     has its line in the access log.
@@ -98,9 +101,10 @@ class StormFilter(logging.Filter):
         self._seen: dict[tuple[object, ...], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.exc_info:
+        if record.levelno < logging.WARNING and not record.exc_info:
             return True
-        kind = (record.pathname, record.lineno, record.exc_info[0])
+        error = record.exc_info[0] if record.exc_info else None
+        kind = (record.pathname, record.lineno, error)
         since, count = self._seen.get(kind, (record.created, 0))
         if record.created >= since + STORM_S:
             if count > STORM_LINES:

@@ -5,9 +5,9 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from app.api.instrumentation import instrument
+from app.api.instrumentation import METRICS, instrument
 from app.api.keys import ApiKeys, RequireApiKey
-from app.api.middleware import RequestContext
+from app.api.middleware import Observers, RequestContext
 from app.api.models import add_model_routes
 from app.api.openapi import document
 from app.api.platforms import add_platform_routes
@@ -18,6 +18,7 @@ from app.lifecycle import Lifecycle
 from app.logs import AccessLog
 from app.repository import ModelRepository
 from app.settings import Settings, load_settings
+from app.tracing import tracing_for
 
 
 def create_app(settings: Settings | None = None) -> RequestContext:
@@ -30,7 +31,8 @@ def create_app(settings: Settings | None = None) -> RequestContext:
         StartupError: the settings or a predictor file are wrong.
     """
     settings = settings or load_settings()
-    repository = ModelRepository(settings)
+    tracing = tracing_for(settings)
+    repository = ModelRepository(settings, tracing)
     lifecycle = Lifecycle(repository, settings)
 
     @asynccontextmanager
@@ -38,6 +40,8 @@ def create_app(settings: Settings | None = None) -> RequestContext:
         lifecycle.start()
         yield
         await lifecycle.stop()
+        if tracing:
+            tracing.close()
 
     app = FastAPI(
         title=settings.service_title,
@@ -46,6 +50,8 @@ def create_app(settings: Settings | None = None) -> RequestContext:
         lifespan=lifespan,
         # A redirect would be made from the Host header, which anybody can write.
         redirect_slashes=False,
+        # Every request is traced by what is around it, and validation errors hold what was sent.
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
 
     keys = ApiKeys(settings.api_keys_sha256)
@@ -63,4 +69,5 @@ def create_app(settings: Settings | None = None) -> RequestContext:
     document(app, needs_key if settings.api_keys_sha256 else None)
     app.add_middleware(RequireApiKey, keys=keys, needs_key=needs_key)
     instrument(app, probes)
-    return RequestContext(app, routes.by_path, probes, lifecycle, AccessLog(settings))
+    observers = Observers(AccessLog(settings), tracing, frozenset((*probes, METRICS)))
+    return RequestContext(app, routes.by_path, lifecycle, observers)

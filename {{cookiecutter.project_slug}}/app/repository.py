@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from app import artifacts
 from app.artifacts import Artifact
-from app.batching import Collector, Limits, Outlet, TimedTicket, Timings
+from app.batching import BatchTracer, Collector, Limits, Outlet, TimedTicket, Timings
 from app.cache import ResponseCache, Stores, Times
 from app.discovery import PredictorClass, discover
 from app.drift import ValueCounts
@@ -55,7 +55,12 @@ class ServedModel:
     """A predictor with the artifact version that answers for it."""
 
     def __init__(
-        self, name: str, predictor_class: PredictorClass, settings: Settings, stores: Stores
+        self,
+        name: str,
+        predictor_class: PredictorClass,
+        settings: Settings,
+        stores: Stores,
+        tracer: BatchTracer | None = None,
     ) -> None:
         self.name = name
         self.predictor_class = predictor_class
@@ -75,6 +80,7 @@ class ServedModel:
 
         self._settings = settings
         self._stores = stores
+        self._tracer = tracer
         self._sample: Outcome | None = None
         """What the model says of its example."""
 
@@ -145,7 +151,9 @@ class ServedModel:
             log.warning("%s: %s", self.name, reason)
         self.metrics = ModelMetrics(self.name, version)
         self.metrics.max_rows.set(max_rows)
-        return Collector(self._runner.run, limits, policy, self.metrics)
+        collector = Collector(self._runner.run, limits, policy, self.metrics)
+        collector.tracer = self._tracer
+        return collector
 
     def _make_cache(self, artifact: Artifact) -> ResponseCache | None:
         predictor, settings = self.predictor_class, self._settings
@@ -417,12 +425,12 @@ def what_prevents_batches(settings: Settings, max_rows: int) -> list[str]:
 class ModelRepository:
     """All models of the service, by name."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracer: BatchTracer | None = None) -> None:
         self._artifacts_dir = settings.artifacts_dir
         self._redis = _redis(settings)
         stores = Stores(MemoryStore(settings.cache_max_bytes), self._redis)
         self.models = {
-            name: ServedModel(name, predictor_class, settings, stores)
+            name: ServedModel(name, predictor_class, settings, stores, tracer)
             for name, predictor_class in discover(settings.predictors_dir).items()
         }
         self.default = self._choose_default(settings)

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic, perf_counter, thread_time
@@ -89,11 +90,15 @@ class Instance:
     def submit(self, rows: Rows) -> Future[Run]:
         predictor = self.predictor
         if not isinstance(predictor, PipelinedPredictor):
-            return self._thread.submit(_timed, partial(run, predictor, rows))
-        prepared = self._prepare_thread.submit(predictor.prepare, rows)
+            return self._submit(partial(run, predictor, rows))
+        prepared = self._prepare_thread.submit(copy_context().run, predictor.prepare, rows)
         # It waits for no batch but its own, as both threads take them in the same order.
         compute = partial(_checked, predictor, rows, lambda: predictor.compute(prepared.result()))
-        return self._thread.submit(_timed, compute)
+        return self._submit(compute)
+
+    def _submit(self, predict: Callable[[], Sequence[Outcome]]) -> Future[Run]:
+        # On the thread, too, it is known on whose behalf this is done.
+        return self._thread.submit(copy_context().run, _timed, predict)
 
     def close(self) -> None:
         for thread in (self._prepare_thread, self._thread):

@@ -125,6 +125,10 @@ class Settings(BaseSettings):
     """Rows a second, of each model in each worker, whose values are looked at for drift; of more
     a random sample. 0: none."""
 
+    otel_exporter_otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+    """Where traces are sent, as OTLP over HTTP: `http://collector:4318`; empty: there are none. The
+    other OTEL_* variables of the OpenTelemetry SDK hold as well."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line to write."""
 

@@ -36,6 +36,7 @@ from app.metrics import RouteMetrics
 from app.protocol import Exchange
 from app.repository import ServedModel
 from app.settings import Settings
+from app.tracing import RequestSpan
 
 CLIENT_LEFT = 499
 """nginx's status for a client that left; it is seen in logs and metrics alone."""
@@ -73,6 +74,12 @@ class Call:
 
     priority: int = DEFAULT_PRIORITY
     use: CacheUse = CacheUse.NORMAL
+    span: RequestSpan | None = None
+    """If it is traced."""
+
+    parsed: tuple[float, float] | None = None
+    """When validation began and ended, by `monotonic`, if it is traced."""
+
     timings: Timings | None = None
     """How the rows fared that the model was asked for."""
 
@@ -195,10 +202,14 @@ class JsonRoute:
         content = call.exchange.take_content(self._max_body_bytes) if call.exchange else None
         if content is None:
             content = await self._read(receive, call, task)
+        begun = monotonic() if call.span else 0.0
         try:
             body = parse(content)
         except ValidationError as error:
             raise invalid_input(error) from None
+        finally:
+            if call.span:
+                call.parsed = begun, monotonic()
         if call.exchange:
             call.exchange.waiting = task
         try:

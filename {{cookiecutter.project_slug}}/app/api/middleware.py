@@ -5,18 +5,19 @@ import re
 from collections.abc import Collection, Coroutine, Mapping
 from random import getrandbits
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.instrumentation import METRICS
 from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, Headers, JsonRoute
 from app.api.problems import problem_reply, problem_response
 from app.api.reply import JSON, Reply
+from app.api.spans import end_span
 from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
 from app.logs import AccessLog, current_request_id
 from app.protocol import Exchange
+from app.tracing import Tracing, trace_id_of
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 MAX_LOGGED_PATH_CHARS = 200
 CLOSE = (b"connection", b"close")
+TRACE = b"traceresponse"
+"""Trace Context HTTP Response Headers Format, W3C editor's draft."""
 
 
 def request_id_of(headers: Headers) -> str:
@@ -36,40 +39,49 @@ def request_id_of(headers: Headers) -> str:
     return f"{getrandbits(128):032x}"
 
 
-def _call(scope: Scope, exchange: Exchange | None = None) -> Call:
-    headers = dict(scope["headers"])
-    return Call(request_id_of(headers), perf_counter(), headers, exchange)
-
-
 def _ms(seconds: float) -> float:
     """With three digits. To round takes three times as long."""
     return int(seconds * 1e6) / 1000
+
+
+def _enter(call: Call) -> None:
+    """What this task does from now on, it does for `call`."""
+    # Each request is a task, so nothing else sees this.
+    current_request_id.set(call.request_id)
+    if call.span:
+        call.span.enter()
 
 
 def unforeseen() -> ServiceError:
     return ServiceError("An unexpected error; the log has it by the request id.")
 
 
-class RequestContext:
-    """Gives each request an id, logs it, and answers what nothing else caught.
+class Observers(NamedTuple):
+    """Who is told of requests."""
 
-    A POST to one of `routes` is answered by that; everything else goes to `app`. Of `probes` and
-    of /metrics the log has nothing, unless it is to have all.
+    access_log: AccessLog
+    tracing: Tracing | None
+    quiet: Collection[str]
+    """Paths of which there are no traces, and lines in the log only if it is to have all."""
+
+
+class RequestContext:
+    """Gives each request an id, tells of it, and answers what nothing else caught.
+
+    A POST to one of `routes` is answered by that; everything else goes to `app`.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         routes: Mapping[str, JsonRoute],
-        probes: Collection[str],
         lifecycle: Lifecycle,
-        access_log: AccessLog,
+        observers: Observers,
     ) -> None:
         self.app = app
         self.routes = routes
-        self.quiet = frozenset((*probes, METRICS))
         self.lifecycle = lifecycle
-        self.access_log = access_log
+        self.access_log, self.tracing, self.quiet = observers
 
     def begin(self, exchange: Exchange, *, may_refuse: bool) -> Coroutine[Any, Any, None] | None:
         """What is left to do for a request to one of `routes`, or None: see `__call__`.
@@ -82,7 +94,7 @@ class RequestContext:
         route = self._route(scope)
         if route is None:
             return None
-        call = _call(scope, exchange)
+        call = self._call(scope, exchange)
         # A process that ends closes its connections, too.
         if may_refuse and not self.lifecycle.is_ending:
             try:
@@ -94,6 +106,13 @@ class RequestContext:
                 return None
         return self._answer(route, call, scope, receive, send)
 
+    def _call(self, scope: Scope, exchange: Exchange | None = None) -> Call:
+        headers = dict(scope["headers"])
+        call = Call(request_id_of(headers), perf_counter(), headers, exchange)
+        if self.tracing and scope["path"] not in self.quiet:
+            call.span = self.tracing.begin(headers, scope["method"], call.started)
+        return call
+
     def _route(self, scope: Scope) -> JsonRoute | None:
         return self.routes.get(scope["path"]) if scope["method"] == "POST" else None
 
@@ -101,7 +120,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        call = _call(scope)
+        call = self._call(scope)
         if route := self._route(scope):
             await self._answer(route, call, scope, receive, send)
             return
@@ -109,8 +128,7 @@ class RequestContext:
         scope.setdefault("state", {})["request_id"] = call.request_id
         # In Starlette's patterns "$" matches before a newline at the end, too.
         scope["path"] = scope["path"].replace("\n", "%0A")
-        # Each request is a task, so nothing else sees this.
-        current_request_id.set(call.request_id)
+        _enter(call)
         send_in_context = self._in_context(call, send)
         status = 0
 
@@ -134,6 +152,8 @@ class RequestContext:
         async def send_in_context(message: Message) -> None:
             if message["type"] == "http.response.start":
                 extra = [(b"x-request-id", call.request_id.encode())]
+                if call.span:
+                    extra.append((TRACE, call.span.header))
                 if self.lifecycle.is_ending:
                     extra.append(CLOSE)
                 message["headers"] = [*message.get("headers", ()), *extra]
@@ -152,6 +172,8 @@ class RequestContext:
             "duration_ms": _ms(seconds),
             "request_id": call.request_id,
         }
+        if trace_id := call.span.trace_id if call.span else trace_id_of(call.headers):
+            fields["trace_id"] = trace_id
         if route:
             route.metrics.ended(status, seconds)
             fields["model"], fields["model_version"] = route.model.name, route.model.version
@@ -162,12 +184,13 @@ class RequestContext:
                 fields["queue_wait_ms"] = _ms(batch.started - timings.queued)
                 fields["compute_ms"] = _ms(batch.seconds)
         self.access_log.write(logging.DEBUG if path in self.quiet else logging.INFO, fields)
+        end_span(call, scope, status, route)
 
     async def _answer(
         self, route: JsonRoute, call: Call, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Have `route` answer."""
-        current_request_id.set(call.request_id)
+        _enter(call)
         try:
             content = await route.answer(call, receive)
             reply = Reply(200, JSON, content, call.reply_headers)
@@ -195,4 +218,6 @@ class RequestContext:
         if call.exchange is None:
             return False
         lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
+        if call.span:
+            lines += b"%b: %b\r\n" % (TRACE, call.span.header)
         return call.exchange.respond(reply.status, lines, reply.content)

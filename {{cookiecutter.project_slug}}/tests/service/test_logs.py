@@ -61,10 +61,12 @@ class TestRequests:
         assert line_of(service, "models").keys() == ALWAYS
 
 
-def record(line: int, created: float, error: Exception | None) -> logging.LogRecord:
+def record(
+    line: int, created: float, error: Exception | None, level: int = logging.ERROR
+) -> logging.LogRecord:
     exc_info = (type(error), error, None) if error else None
     # What a predictor logs may be anything.
-    made = logging.LogRecord("app", logging.ERROR, "file", line, {}, None, exc_info)
+    made = logging.LogRecord("app", level, "file", line, {}, None, exc_info)
     made.created = created
     return made
 
@@ -81,11 +83,17 @@ class TestStorms:
         assert storm.filter(after_that)
         assert "left_out" not in after_that.__dict__
 
-    def test_another_kind_and_lines_without_a_traceback_are_not_held_back(self) -> None:
+    def test_warnings_are_held_back_like_tracebacks(self) -> None:
+        storm = logs.StormFilter()
+        let_through = [storm.filter(record(1, 0, None, logging.WARNING)) for _ in range(25)]
+        assert sum(let_through) == logs.STORM_LINES
+
+    def test_another_kind_and_lines_of_no_concern_are_not_held_back(self) -> None:
         storm = logs.StormFilter()
         for _ in range(2 * logs.STORM_LINES):
             storm.filter(record(1, 0, ValueError()))
-            assert storm.filter(record(1, 0, None))
+            assert storm.filter(record(1, 0, None, logging.INFO))
+        assert storm.filter(record(1, 0, None))
         assert storm.filter(record(1, 0, OSError()))
         assert storm.filter(record(2, 0, ValueError()))
 

@@ -1,0 +1,194 @@
+"""OpenTelemetry spans of requests and batches, and the W3C trace context of both.
+
+A request's span is begun when it comes, so that its ids are known; its parts are told afterwards,
+from the times that are noted anyway. Nothing is done for a request that is not sampled.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextvars import Context, copy_context
+from threading import Thread
+from time import monotonic, perf_counter, time_ns
+from typing import Any
+
+from opentelemetry import context as current
+from opentelemetry import trace
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 2.0
+"""How long the end of the service may wait for the spans that are left to be sent."""
+
+Attributes = Mapping[str, str | int | float]
+Headers = Mapping[bytes, bytes]
+
+W3C = TraceContextTextMapPropagator()
+
+
+def trace_id_of(headers: Headers) -> str | None:
+    """That of the caller's `traceparent`, if it is one."""
+    if b"traceparent" not in headers:
+        return None
+    parent = trace.get_current_span(_parent(headers)).get_span_context()
+    return trace.format_trace_id(parent.trace_id) if parent.is_valid else None
+
+
+def current_trace_id() -> str | None:
+    """That of the request, or the batch, on whose behalf this is called, if it is sampled."""
+    span = trace.get_current_span()
+    return _trace_id(span) if span.is_recording() else None
+
+
+def _trace_id(span: Span) -> str:
+    return trace.format_trace_id(span.get_span_context().trace_id)
+
+
+def _parent(headers: Headers) -> current.Context:
+    names = ("traceparent", "tracestate")
+    carrier = {
+        name: headers[name.encode()].decode("latin-1") for name in names if name.encode() in headers
+    }
+    return W3C.extract(carrier, context=current.Context())
+
+
+class RequestSpan:
+    """The span of a request that is sampled."""
+
+    def __init__(self, tracer: trace.Tracer, span: Span) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._context = set_span_in_context(span, current.Context())
+
+    @property
+    def trace_id(self) -> str:
+        return _trace_id(self._span)
+
+    @property
+    def header(self) -> bytes:
+        """As the value of `traceparent`."""
+        carrier: dict[str, str] = {}
+        W3C.inject(carrier, context=self._context)
+        return carrier["traceparent"].encode()
+
+    def enter(self) -> None:
+        """What this task does from now on, it does on behalf of the request."""
+        current.attach(self._context)
+
+    def part(
+        self, name: str, begin: float, end: float, batch: Any = None, **attributes: str | float
+    ) -> None:
+        """A part of the request that is over, with its times by `monotonic`.
+
+        Args:
+            batch: a `BatchSpan` that it was a part of as well.
+        """
+        links = [Link(batch.span.get_span_context())] if batch else []
+        part = self._tracer.start_span(
+            name,
+            context=self._context,
+            links=links,
+            attributes=attributes,
+            start_time=_ns(monotonic() - begin),
+        )
+        part.end(_ns(monotonic() - end))
+
+    def end(self, status: int, attributes: Attributes) -> None:
+        """The request was answered with `status`."""
+        self._span.set_attribute("http.response.status_code", status)
+        self._span.set_attributes(attributes)
+        if route := attributes.get("http.route"):
+            self._span.update_name(f"{attributes['http.request.method']} {route}")
+        if status >= 500:
+            self._span.set_attribute("error.type", str(status))
+            self._span.set_status(StatusCode.ERROR)
+        self._span.end()
+
+
+class BatchSpan:
+    """The span of a batch in which there are rows of requests that are sampled."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.context: Context = copy_context()
+        """Where the model is to be asked: what it asks in turn belongs to the batch."""
+
+        self.context.run(current.attach, set_span_in_context(span, current.Context()))
+
+    def end(self, rows: int) -> None:
+        self.span.set_attribute("inference.batch.rows", rows)
+        self.span.end()
+
+
+class Tracing:
+    """Makes spans, and has them sent to OTEL_EXPORTER_OTLP_ENDPOINT in the background."""
+
+    def __init__(self, endpoint: str, service_name: str) -> None:
+        # Half a second and 15 MB, for those who want it.
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter,
+        )
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+        resource = Resource.create()
+        if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": service_name}))
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("app")
+
+    def begin(self, headers: Headers, method: str, started: float) -> RequestSpan | None:
+        """The span of a request, unless it is not sampled.
+
+        Args:
+            started: when its header was there, by `perf_counter`.
+        """
+        context = _parent(headers) if b"traceparent" in headers else current.Context()
+        span = self._tracer.start_span(
+            method,
+            context=context,
+            kind=SpanKind.SERVER,
+            start_time=_ns(perf_counter() - started),
+        )
+        return RequestSpan(self._tracer, span) if span.is_recording() else None
+
+    def request(self) -> Span | None:
+        """The span of the request on whose behalf this is called."""
+        span = trace.get_current_span()
+        return span if span.is_recording() else None
+
+    def batch(self, requests: Sequence[Any]) -> BatchSpan | None:
+        """The span of a batch of `requests`, as `request` gave them, that begins now.
+
+        It is a part of the first one that is sampled, and linked to all of them.
+        """
+        spans: list[Span] = list(filter(None, requests))
+        if not spans:
+            return None
+        context = set_span_in_context(spans[0], current.Context())
+        links = [Link(span.get_span_context()) for span in spans]
+        return BatchSpan(self._tracer.start_span("batch", context=context, links=links))
+
+    def close(self) -> None:
+        """Send what is left, or give up after `FLUSH_S`."""
+        # It would wait for a receiver that hangs for half a minute.
+        flush = Thread(target=self._provider.shutdown, daemon=True)
+        flush.start()
+        flush.join(FLUSH_S)
+
+
+def tracing_for(settings: Settings) -> Tracing | None:
+    """None: no traces are wanted."""
+    endpoint = settings.otel_exporter_otlp_endpoint
+    return Tracing(endpoint, settings.service_title) if endpoint else None
+
+
+def _ns(seconds_ago: float) -> int:
+    """The time then, in nanoseconds since 1970."""
+    return time_ns() - int(seconds_ago * 1e9)
