@@ -18,6 +18,10 @@ from app.tracing import current_trace_id
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
 
 
+LINE_BYTES = 4096
+"""The longest line of JSON, its end included. Linux takes so much in one piece (PIPE_BUF, pipe(7)),
+so that what several processes write does not get mixed up, however slowly it is read."""
+
 STORM_LINES = 10
 STORM_S = 10.0
 STORM_KINDS = 100
@@ -41,7 +45,7 @@ def logging_config(settings: Settings) -> dict[str, Any]:
     rendering: list[Processor] = (
         [
             structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            structlog.processors.JSONRenderer(),
+            _json_line,
         ]
         if as_json
         else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
@@ -74,6 +78,37 @@ def logging_config(settings: Settings) -> dict[str, Any]:
         "root": {"level": level, "handlers": ["stderr"]},
         "loggers": {"gunicorn.error": server, "gunicorn.access": server},
     }
+
+
+def _json_line(logger: WrappedLogger, name: str, event: EventDict) -> str:
+    """What is too long loses the outer frames of its tracebacks, and the ends of its texts."""
+    line = str(_to_json(logger, name, event))
+    for most in (20, 5, 1):
+        if len(line) < LINE_BYTES:
+            return line
+        line = str(_to_json(logger, name, _shortened(event, most) | {"is_shortened": True}))
+    if len(line) >= LINE_BYTES:
+        kept = {key: event[key] for key in ("level", "logger", "timestamp") if key in event}
+        kept |= {"event": str(event.get("event"))[:200], "is_shortened": True}
+        line = str(_to_json(logger, name, kept))
+    return line
+
+
+_to_json = structlog.processors.JSONRenderer()
+
+
+def _shortened(value: Any, most: int) -> Any:
+    """With at most so many frames in a traceback, other items and hundreds of characters."""
+    if isinstance(value, dict):
+        return {
+            key: _shortened(item[-most:] if key == "frames" else item, most)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_shortened(item, most) for item in value[:most]]
+    if isinstance(value, int | float | None):
+        return value
+    return str(value)[: 100 * most]
 
 
 def _writes_json(settings: Settings) -> bool:
@@ -150,5 +185,15 @@ class AccessLog:
 
     def _flush(self) -> None:
         lines, self._lines = self._lines, []
-        sys.stderr.write(b"\n".join([*lines, b""]).decode())
-        sys.stderr.flush()
+        piece = b""
+        for line in lines:
+            if len(piece) + len(line) >= LINE_BYTES:
+                _write(piece)
+                piece = b""
+            piece += line + b"\n"
+        _write(piece)
+
+
+def _write(lines: bytes) -> None:
+    sys.stderr.write(lines.decode())
+    sys.stderr.flush()

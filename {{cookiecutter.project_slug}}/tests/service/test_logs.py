@@ -1,17 +1,26 @@
 """The log: a line for each request, with what became of it, and no storms of tracebacks."""
 
+import contextlib
+import fcntl
+import json
 import logging
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 
 from app import logs
-from tests.service.server import Service, Start
+from app.settings import Settings
+from tests.service.server import FAKES, PROJECT, WAIT_S, Service, Start, free_port
 
 ALWAYS = {"method", "path", "status", "duration_ms", "request_id"}
 ALWAYS |= {"event", "level", "logger", "timestamp"}
 OF_A_MODEL = {"model", "model_version"}
+CALLERS = 24
 OF_A_BATCH = {"batch_rows", "queue_wait_ms", "compute_ms"}
 
 
@@ -112,6 +121,98 @@ class TestStorms:
         assert answers == [500] * 40
         service.wait_until(lambda: len(service.log_lines("request")) >= 40)
         assert len(service.log_lines("prediction failed")) == logs.STORM_LINES
+
+
+def render(**event: object) -> str:
+    config = logs.logging_config(Settings(log_format="json", default_model="double"))
+    formatter = config["formatters"]["structured"]
+    make = formatter.pop("()")
+    made = logging.makeLogRecord({"name": "app", "levelname": "ERROR", "levelno": 40} | event)
+    line: str = make(**formatter).format(made)
+    return line
+
+
+def fail(depth: int) -> None:
+    if depth:
+        fail(depth - 1)
+    raise ValueError("x" * 3000)
+
+
+class TestLongLines:
+    def test_the_outer_frames_and_the_ends_of_texts_are_left_out(self) -> None:
+        try:
+            fail(40)
+        except ValueError:
+            line = render(msg="m" * 5000, exc_info=sys.exc_info())
+        assert len(line) < logs.LINE_BYTES
+        shown = json.loads(line)
+        assert shown["is_shortened"] is True
+        assert shown["event"].startswith("mmm")
+        assert shown["level"] == "error"
+        [error] = shown["exception"]
+        assert error["exc_type"] == "ValueError"
+        assert error["frames"][-1]["name"] == "fail"
+
+    def test_whatever_it_is_it_fits(self) -> None:
+        fields = {f"field_{number}": {"deep": ["\u2603" * 500] * 50} for number in range(200)}
+        line = render(msg="all of it", **fields)
+        assert len(line) < logs.LINE_BYTES
+        assert json.loads(line)["event"] == "all of it"
+
+    def test_a_line_that_fits_is_left_alone(self) -> None:
+        shown = json.loads(render(msg="short", numbers=list(range(100))))
+        assert shown["numbers"] == list(range(100))
+        assert "is_shortened" not in shown
+
+
+def test_lines_of_two_workers_are_whole_though_they_are_read_slowly(
+    fake_artifacts: Path,
+) -> None:
+    """Through a pipe that is full most of the time."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PORT": str(free_port()),
+        "BIND_ADDRESS": "127.0.0.1",
+        "WEB_CONCURRENCY": "2",
+        "PREDICTORS_DIR": str(FAKES),
+        "ARTIFACTS_DIR": str(fake_artifacts),
+        "DEFAULT_MODEL": "double",
+        # Those who are answered together have their lines written together.
+        "BATCH_POLICY": "window",
+        "BATCH_MAX_WAIT_MS": "20",
+        "CACHE_ENABLED": "false",
+        "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", ""),
+    }
+    url = f"http://127.0.0.1:{environment['PORT']}/v1/predict"
+    command = [sys.executable, "-m", "app"]
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE)
+    assert process.stderr
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, logs.LINE_BYTES)
+
+    headers = {"X-Request-ID": "i" * 128}
+
+    def ask_until_it_is_over(_: int) -> None:
+        with httpx.Client() as client:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    client.post(url, json={"features": {"x": 1}}, headers=headers)
+
+    lines = 0
+    with ThreadPoolExecutor(CALLERS) as callers:
+        asking = [callers.submit(ask_until_it_is_over, number) for number in range(CALLERS)]
+        try:
+            for line in process.stderr:
+                json.loads(line)
+                lines += 1
+                if lines == 2000:
+                    process.terminate()
+        finally:
+            # The workers end when they see that it has gone, and the callers with it.
+            process.kill()
+            process.wait()
+    assert lines > 2000
+    assert [future.result(WAIT_S) for future in asking] == [None] * CALLERS
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
