@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import struct
 import sys
@@ -96,8 +97,13 @@ class Worker(UvicornWorker):
     async def _beat(self) -> None:
         # uvicorn does this only while it serves, and loading and draining may take longer than
         # gunicorn waits for a sign of life.
+        is_orphan = False
         while True:
             self.notify()
+            if not is_orphan and os.getppid() != self.ppid:
+                # gunicorn was killed, and nobody else would ever stop this one.
+                is_orphan = True
+                os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(1)
 
 

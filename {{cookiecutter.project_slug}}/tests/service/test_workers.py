@@ -114,3 +114,13 @@ def test_a_reload_brings_new_workers_and_loses_nothing(start: Start) -> None:
     service.wait_until(lambda: service.log_lines("stopped"))
     assert_answers(service, requests=10)
     assert len(worker_pids(service)) == 2
+
+
+def test_workers_do_not_outlive_gunicorn(start: Start) -> None:
+    service = start(WEB_CONCURRENCY=2).wait_for("/ready")
+    workers = worker_pids(service)
+    assert len(workers) == 2
+    service.signal(signal.SIGKILL)
+    service.exit_code()
+    service.wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert len(service.log_lines("stopped")) == 2
