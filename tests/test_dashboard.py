@@ -239,6 +239,10 @@ def trained(project: BakedProject) -> BakedProject:
     return project
 
 
+def test_promtool_takes_the_configuration_for_compose(trained: BakedProject) -> None:
+    trained.run("promtool", "check", "config", "deploy/prometheus/prometheus.yaml")
+
+
 def scraping(name: str, port: int, **labels: str) -> Any:
     return {
         "job_name": name,
