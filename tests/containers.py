@@ -105,11 +105,20 @@ class Containers:
 
     def make_valkey(self, base: str, image: str) -> None:
         """Have `image`, with the Valkey of `base`, which is a Debian."""
+        self._install(base, "valkey-server", image, "--entrypoint", "[]")
+
+    def make_prometheus(self, base: str, image: str) -> None:
+        """Have `image`, with the Prometheus of `base`, as Prometheus's own image has it."""
+        folder = "mkdir /prometheus && chown nobody /prometheus"
+        own = ["--entrypoint", '["/usr/bin/prometheus"]', "--user", "nobody"]
+        self._install(base, "prometheus", image, *own, then=folder)
+
+    def _install(self, base: str, package: str, image: str, *config: str, then: str = ":") -> None:
         container = self.buildah("from", "--pull-never", base).strip()
-        install = "apt-get update && apt-get install --yes --no-install-recommends valkey-server"
+        install = f"apt-get update && apt-get install --yes --no-install-recommends {package}"
         options = ["--isolation", "chroot", "--network", "host"]
-        self.buildah("run", *options, container, "--", "sh", "-ec", install)
-        self.buildah("config", "--entrypoint", "[]", container)
+        self.buildah("run", *options, container, "--", "sh", "-ec", f"{install} && {then}")
+        self.buildah("config", *config, container)
         self.buildah("commit", "--quiet", "--rm", container, image)
 
     def _take_kubectl(self, root: Path) -> None:

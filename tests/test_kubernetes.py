@@ -393,9 +393,31 @@ def deployment(objects: list[Object]) -> Any:
 
 
 def settings(objects: list[Object]) -> dict[str, str]:
-    [found] = of_kind(objects, "ConfigMap")
+    [found] = [
+        entry
+        for entry in of_kind(objects, "ConfigMap")
+        if entry["metadata"]["name"].startswith("image-test-settings-")
+    ]
     data: dict[str, str] = found["data"]
     return data
+
+
+def test_grafana_finds_the_dashboard_wherever_prometheus_does_the_pods(
+    rendered: Rendered, project: BakedProject
+) -> None:
+    for name, objects in rendered.items():
+        dashboards = [
+            entry
+            for entry in of_kind(objects, "ConfigMap")
+            if entry["metadata"].get("labels", {}).get("grafana_dashboard") == "1"
+        ]
+        assert len(dashboards) == len(of_kind(objects, "PodMonitor")), name
+        for entry in dashboards:
+            assert entry["metadata"]["name"] == "image-test-dashboard"
+            dashboard = project.read("deploy/grafana/dashboard.json")
+            assert entry["data"] == {"image-test.json": dashboard}
+            # `kubectl apply` keeps a copy of the object in an annotation, which may be so long.
+            assert len(json.dumps(entry)) < 262_144
 
 
 def test_a_stop_has_the_time_that_it_needs(overlay: list[Object]) -> None:
