@@ -33,13 +33,6 @@ PATIENCE_S = 20
 MAX_INSTANCES = 1000
 """Most rows of a request."""
 
-COMING = {
-    "inference_values_total",
-    "inference_values_expected_ratio",
-    "job:inference_values:psi1h",
-}
-"""Metrics that the service does not have yet."""
-
 POD = "monitored-7d9c5b8f6-x2k4q"
 EXPORTED = (REPOSITORY / "tests/exporters.prom").read_text(encoding="utf-8")
 """What the exporters of a cluster say of this pod and of another's, in their words."""
@@ -110,7 +103,7 @@ def test_its_metrics_are_those_of_the_service_and_of_known_exporters(
     expressions: list[str], rules: Any
 ) -> None:
     source = (TEMPLATE / "app/metrics.py").read_text(encoding="utf-8")
-    known = {"up", *OF_PROCESS, *OF_EXPORTERS, *COMING, *rules}
+    known = {"up", *OF_PROCESS, *OF_EXPORTERS, *rules}
     for kind, name in re.findall(r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', source):
         suffixes = ("_bucket", "_sum", "_count") if kind == "Histogram" else ("",)
         known |= {name + suffix for suffix in suffixes}
@@ -335,7 +328,7 @@ def test_each_query_finds_something_in_a_cluster(
     in_a_cluster: tuple[int, Prometheus], expressions: list[str], panels: dict[str, Any]
 ) -> None:
     port, prometheus = in_a_cluster
-    there = are_there(expressions, COMING | OF_PROCESS)
+    there = are_there(expressions, OF_PROCESS)
     assert without_data(port, prometheus, there) == set()
     for expression in set(expressions) - set(there):
         assert not has_data(prometheus, expression)
@@ -352,7 +345,7 @@ def test_each_query_of_the_service_finds_something_in_compose(
     in_compose: tuple[int, Prometheus], expressions: list[str]
 ) -> None:
     port, prometheus = in_compose
-    there = are_there(expressions, COMING | OF_EXPORTERS | OF_REDIS)
+    there = are_there(expressions, OF_EXPORTERS | OF_REDIS)
     assert len(there) > len(expressions) / 2
     assert without_data(port, prometheus, there) == set()
 
@@ -368,7 +361,10 @@ def test_there_is_something_to_choose(in_a_cluster: tuple[int, Prometheus], dash
         assert found
         match = urllib.parse.urlencode({"match[]": filled(found[1])})
         chosen[variable["name"]] = prometheus.get(f"label/{found[2]}/values?{match}")
-    assert bool(chosen.pop("field")) == (not COMING)
+    fields = [f"features.{name}" for name in ROW]
+    predicted = ("confidence", "fraud_probability", "is_fraud")
+    fields += [f"prediction.{name}" for name in predicted]
+    assert chosen.pop("field") == sorted(fields)
     assert chosen == {"job": ["monitored"], "namespace": ["production"], "model": ["fraud"]}
 
 
