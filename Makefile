@@ -70,7 +70,7 @@ test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hosti
 test-containers: $(DEV)/installed  ## Those of images and manifests, for which buildah, podman, runc, debootstrap, npm are needed
 	$(PYTEST) $(CONTAINER_TESTS)
 
-.PHONY: bench bench-fire bench-shared-cache bench-rollout
+.PHONY: bench bench-fire bench-shared-cache bench-rollout bench-alerts bench-observability
 bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--quick for a look; see benchmarks/
 	$(DEV)/bin/python -m benchmarks $(ARGS)
 
@@ -82,6 +82,12 @@ bench-shared-cache: $(DEV)/installed  ## 100,000 requests to services that share
 
 bench-rollout: $(DEV)/installed  ## Rolling restarts through HAProxy and killed workers, 100,000 requests, five minutes
 	$(DEV)/bin/python -m benchmarks.rollout $(ARGS)
+
+bench-alerts: $(DEV)/installed  ## Each alert brought about on purpose in a live service, a quarter of an hour
+	$(DEV)/bin/python -m benchmarks.alerts $(ARGS)
+
+bench-observability: $(DEV)/installed  ## What metrics, logs, traces and drift cost; 50,000 lines; scrapes; ten minutes
+	$(DEV)/bin/python -m benchmarks.observability $(ARGS)
 
 .PHONY: format
 format: $(DEV)/installed  ## Mend style and formatting
