@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     api_keys_sha256: Annotated[tuple[str, ...], NoDecode] = ()
     """SHA-256 hex digests of the accepted API keys, separated by commas; empty: no key needed."""
 
+    status_page: bool = True
+    """Whether / shows a browser the state of the service."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line to write."""
 
