@@ -92,7 +92,8 @@ def test_rates_are_those_of_real_requests_to_all_workers(page: Page, port: int) 
     assert page.shown("hits").endswith("%")
     meters = page.browser.find_elements(By.CSS_SELECTOR, "meter")
     assert all(0 < float(meter.get_attribute("value") or 0) <= 1 for meter in meters)
-    # A rate, not a count: it goes when nobody asks any more.
+    # Rates, not counts: what was before is nothing to a page that has just been opened.
+    page.browser.refresh()
     page.until(lambda: page.shown("requests") == "0")
 
 
