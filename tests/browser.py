@@ -66,6 +66,7 @@ class Page:
     def __init__(self, browser: Chrome, port: int) -> None:
         self.browser = browser
         self.origin = f"http://127.0.0.1:{port}/"
+        self.view(DESKTOP, "light")
         browser.get(self.origin)
 
     def until(self, condition: Callable[[], object]) -> None:
