@@ -116,6 +116,32 @@ def test_a_page_that_nobody_sees_does_not_ask(page: Page) -> None:
     assert True not in page.run("return window.plannedWhileHidden")
 
 
+def test_replicas_behind_one_address_are_told_apart(page: Page, port: int) -> None:
+    send(port, 10)
+    page.browser.refresh()
+    page.until(lambda: page.shown("requests") == "0")
+    # Every other answer is that of one which has counted more, and loaded its model before.
+    page.run("""
+        const ask = window.fetch;
+        window.turns = 0;
+        window.fetch = async (path, options) => {
+            const answer = await ask(path, options);
+            if (path !== "metrics" || window.turns++ % 2) return answer;
+            const text = await answer.text();
+            return new Response(text
+                .replace(/^(model_loaded_timestamp_seconds.*) .*/gm, "$1 1")
+                .replace(/^(http_requests_total.*) .*/gm, "$1 99999"));
+        };
+        window.shown = [];
+        const note = ([{ target }]) => window.shown.push(target.textContent);
+        const requests = document.querySelector("[data-of=requests]");
+        new MutationObserver(note).observe(requests, { childList: true });
+    """)
+    page.until(lambda: page.run("return window.turns") >= 4)
+    assert set(page.run("return window.shown")) <= {"0"}
+    assert page.text("#live") == "Rates of the last ten seconds, of all workers"
+
+
 def test_the_example_is_filled_in_and_answered(page: Page, port: int) -> None:
     page.field("hour_of_day").send_keys(Keys.ENTER)
     shown = page.answer(200)

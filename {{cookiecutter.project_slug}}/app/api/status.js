@@ -27,6 +27,7 @@ async function refreshState() {
   try {
     answer = await fetch("ready", { signal: AbortSignal.timeout(PATIENCE_MS) });
     status = await answer.json();
+    if (!status.models) throw new Error("Somebody else's answer");
   } catch {
     showState(byName("state"), "no answer");
     return;
@@ -163,7 +164,7 @@ let timer;
 
 async function poll() {
   clearTimeout(timer);
-  await Promise.all([refreshState(), refreshRates()]);
+  await Promise.allSettled([refreshState(), refreshRates()]);
   clearTimeout(timer);
   if (!document.hidden) timer = setTimeout(poll, POLL_MS);
 }
