@@ -63,7 +63,7 @@ CONTAINER_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py t
 PYTEST = PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
 
 .PHONY: test-projects
-test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
+test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo, the page in Chromium
 	$(PYTEST) $(CONTAINER_TESTS:%=--ignore=%)
 
 .PHONY: test-containers

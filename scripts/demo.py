@@ -103,6 +103,7 @@ def show(url: str) -> None:
     console.out(json.dumps(answer, indent=2))
     console.print(f"\n[bold]Cache[/]    {first}; asked again: {second}")
     console.print(f"[bold]Docs[/]     {url}/docs\n[bold]Metrics[/]  {url}/metrics")
+    console.print(f"[bold]Status[/]   {url}/  [dim]to be opened in a browser[/]")
 
 
 def main() -> None:

@@ -44,6 +44,9 @@ def test_it_shows_a_real_answer_and_stops_on_ctrl_c(
             assert '"fraud_probability": 0.9' in printed
             assert re.search(r"Cache +miss, [\d.]+ ms; asked again: hit, [\d.]+ ms", printed)
             assert f"http://localhost:{port}/docs" in printed
+            assert re.search(rf"Status +http://localhost:{port}/ ", printed)
+            with urlopen(f"http://127.0.0.1:{port}/") as answer:
+                assert b"Try a prediction" in answer.read()
             with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
                 assert b"http_requests_total" in answer.read()
         finally:

@@ -28,6 +28,8 @@ PLANTED = [
     "app/id_rsa",
     "app/.env",
     "app/api/token",
+    "app/status.html",
+    "app/api/status.txt",
     "predictors/credentials.json",
     "predictors/.netrc",
     "artifacts/password",
@@ -114,6 +116,9 @@ def test_it_holds_the_service_and_the_newest_model_and_no_secret(
             ".py",
             ".pyc",
             ".toml",
+            ".html",
+            ".css",
+            ".js",
         }
         names = {path.relative_to(root / "srv").as_posix() for path in files}
         models = sorted(name for name in names if name.startswith("artifacts/"))
@@ -181,6 +186,8 @@ def test_it_runs_with_nothing_to_write_to_and_no_rights(containers: Containers, 
         assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
         assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
         container.execute("python", "app/healthcheck.py")
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/") as page:
+            assert b"<h1>Image Test</h1>" in page.read()
         for path in ("/health", "/startup", "/ready"):
             service.get(path)
         assert service.get("/v1/models")["models"][0]["version"] == "2"

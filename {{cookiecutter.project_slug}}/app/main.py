@@ -14,6 +14,7 @@ from app.api.platforms import add_platform_routes
 from app.api.predict import PredictionRoutes, add_predict_routes
 from app.api.probes import PROBES, add_probe_routes
 from app.api.problems import use_problem_details
+from app.api.status_page import add_status_page
 from app.lifecycle import Lifecycle
 from app.logs import AccessLog
 from app.repository import ModelRepository
@@ -60,6 +61,8 @@ def create_app(settings: Settings | None = None) -> RequestContext:
     add_model_routes(app, repository)
     add_probe_routes(app, lifecycle)
     probes = {*PROBES, *add_platform_routes(app, routes, lifecycle)}
+    if settings.status_page:
+        add_status_page(app, routes, lifecycle)
     use_problem_details(app)
 
     def needs_key(path: str) -> bool:

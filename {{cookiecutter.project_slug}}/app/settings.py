@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     """Where traces are sent, as OTLP over HTTP: `http://collector:4318`; empty: there are none. The
     other OTEL_* variables of the OpenTelemetry SDK hold as well."""
 
+    status_page: bool = True
+    """Whether / shows a browser the state of the service."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line to write."""
 

@@ -33,19 +33,23 @@ class Status(BaseModel):
     models: dict[str, ModelStatus]
 
 
+def status_of(lifecycle: Lifecycle, fault: str | None) -> Status:
+    return Status(
+        status=lifecycle.phase,
+        detail=fault,
+        models={
+            name: ModelStatus(state=model.state, version=model.version, provider=model.provider)
+            for name, model in lifecycle.repository.models.items()
+        },
+    )
+
+
 def add_probe_routes(app: FastAPI, lifecycle: Lifecycle) -> None:
     unavailable: dict[int | str, dict[str, Any]] = {503: {"model": Status}}
 
     def status(response: Response, fault: str | None) -> Status:
         response.status_code = 503 if fault else 200
-        return Status(
-            status=lifecycle.phase,
-            detail=fault,
-            models={
-                name: ModelStatus(state=model.state, version=model.version, provider=model.provider)
-                for name, model in lifecycle.repository.models.items()
-            },
-        )
+        return status_of(lifecycle, fault)
 
     @app.get("/health", tags=["operations"], summary="The process lives")
     async def health() -> Health:
