@@ -57,18 +57,19 @@ test-samples test-in-place: $(DEV)/installed
 # Side by side, as half of either is to wait for processes.
 .PHONY: test-generator
 test-generator: $(DEV)/installed
-	$(MAKE) --jobs=2 --output-sync=target test-projects test-containers
+	$(MAKE) --jobs=2 --output-sync=target test-projects test-operations
 
-CONTAINER_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py tests/test_kubernetes.py
+OPERATIONS_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py tests/test_kubernetes.py \
+	tests/test_monitoring.py tests/test_dashboard.py tests/test_status_page.py
 PYTEST = PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
 
 .PHONY: test-projects
-test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo, the page in Chromium
-	$(PYTEST) $(CONTAINER_TESTS:%=--ignore=%)
+test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
+	$(PYTEST) $(OPERATIONS_TESTS:%=--ignore=%)
 
-.PHONY: test-containers
-test-containers: $(DEV)/installed  ## Those of images and manifests, for which buildah, podman, runc, debootstrap, npm are needed
-	$(PYTEST) $(CONTAINER_TESTS)
+.PHONY: test-operations
+test-operations: $(DEV)/installed  ## Those of images, manifests and monitoring, for which .ci/run installs buildah, Prometheus, Chromium and others
+	$(PYTEST) $(OPERATIONS_TESTS)
 
 .PHONY: bench bench-fire bench-shared-cache bench-rollout bench-alerts bench-observability
 bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--quick for a look; see benchmarks/

@@ -169,7 +169,11 @@ def test_the_service_imports_all_that_is_installed(containers: Containers, image
             for found in distributions(path=[str(packages)])
         }
     # Nobody listens there, which is no reason not to start.
-    environment = {"PYTHONPROFILEIMPORTTIME": "1", "REDIS_URL": "redis://127.0.0.1:1"}
+    environment = {
+        "PYTHONPROFILEIMPORTTIME": "1",
+        "REDIS_URL": "redis://127.0.0.1:1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
+    }
     with serving(containers, image, **environment) as service:
         ask(service.port)
         log = service.container.log
