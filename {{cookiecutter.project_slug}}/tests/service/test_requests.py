@@ -198,7 +198,7 @@ class TestOtherErrors:
         assert_problem(answer, 415)
 
     @pytest.mark.parametrize(
-        "path", ["/", "/v1", "/v2/predict", "/v1/predict/", "/v1/predict%0A", "/%00", "/..;/"]
+        "path", ["/v1", "/v2/predict", "/v1/predict/", "/v1/predict%0A", "/%00", "/..;/"]
     )
     def test_no_such_path(self, service: Service, path: str) -> None:
         assert_problem(service.client.post(path, json=GOOD), 404)
