@@ -135,23 +135,25 @@ def _on_knee(at_knee: Step | None) -> str:
 
 def _on_capacity(at_capacity: Step | None, found: Findings) -> str:
     objective = found.objective
+    promise = (
+        f"p99 within {number(objective.p99_ms)} ms, less than {percent(MAX_FAILED)} failed, and no "
+        "queue that kept growing"
+    )
     if at_capacity is None:
         least = min(found.steps, key=lambda step: step.asked)
         return (
-            f"none: at the lowest rate, {number(least.asked)} requests a second, p99 was "
-            f"{number(least.p99_ms)} ms and {least.failed:.1%} failed. The objective is a p99 of "
-            f"{number(objective.p99_ms)} ms with less than {MAX_FAILED:.0%}. More replicas will "
-            "not help: a request on its own is too slow, or fails."
+            f"none: at no rate was {promise}. At the lowest, {number(least.asked)} requests a "
+            f"second, p99 was {number(least.p99_ms)} ms and {percent(least.failed)} failed, so "
+            "more replicas will not help: look at what a single request takes."
         )
     is_last = at_capacity.asked == max(step.asked for step in found.steps)
     lower = [step for step in found.steps if step.asked < at_capacity.asked]
     missed = sum(not meets(step, objective) for step in lower)
-    doubt = f" Yet {missed} lower ones did not meet it: measure longer (--seconds)."
+    doubt = f" At {missed} of the lower rates it was not so: measure longer (--seconds)."
     return (
-        f"{'at least ' if is_last else ''}{number(at_capacity.asked)} requests a second: the "
-        f"highest rate with a p99 within {number(objective.p99_ms)} ms "
-        f"({number(at_capacity.p99_ms)} ms), less than {MAX_FAILED:.0%} that failed, and no queue "
-        f"that kept growing.{doubt if missed else ''}"
+        f"{'at least ' if is_last else ''}{number(at_capacity.asked)} requests a second, the "
+        f"highest rate at which it was so: {promise}. p99 was {number(at_capacity.p99_ms)} ms."
+        f"{doubt if missed else ''}"
     )
 
 
@@ -163,7 +165,7 @@ def _on_batches(found: Findings) -> str:
     top = max(batch.rows_per_s for batch in found.batches)
     reason = (
         f"{best.rows} {'row takes' if best.rows == 1 else 'rows take'} {best.ms:.3g} ms, which "
-        f"gives {best.rows_per_s / top:.0%} of the most rows a second that any batch gave"
+        f"gives {percent(best.rows_per_s / top)} of the most rows a second that any batch gave"
     )
     if best.ms <= limit_ms:
         reason += f", and no more than a tenth of the objective ({number(limit_ms)} ms)."
@@ -178,6 +180,7 @@ def _on_batches(found: Findings) -> str:
         own = f"the predictor says batch_max_rows = {predictor.batch_max_rows}"
         return f"not looked at: {own}. Measured, it would be {best.rows}: {reason}"
     now = f" (now {found.max_rows})" if found.max_rows else ""
+    now = ", as it is" if found.max_rows == best.rows else now
     return f"{best.rows}{now}: {reason}{_on_filling(found)}"
 
 
@@ -244,3 +247,7 @@ def number(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.3g}%"

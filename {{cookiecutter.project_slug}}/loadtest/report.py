@@ -6,7 +6,7 @@ from textwrap import fill
 
 import plotext
 
-from loadtest.advice import Advice, number
+from loadtest.advice import Advice, number, percent
 from loadtest.batches import Batch
 from loadtest.measure import Step
 
@@ -42,7 +42,7 @@ def row(step: Step) -> str:
             number(step.p95_ms),
             number(step.p99_ms),
             *map(_optional, (usage.rows_per_batch, usage.queue_ms, usage.cpu)),
-            f"{step.failed:.1%}" if step.failed else "0",
+            percent(step.failed),
         )
     )
 
