@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +25,7 @@ from loadtest import advice, report
 from loadtest.advice import Findings, Objective
 from loadtest.batches import Batch
 from loadtest.client import MAX_CONNECTIONS, Client, Tally, Target, new_loop
-from loadtest.measure import Step, Usage, step_of
+from loadtest.measure import Step, Usage, step_of, usage_between
 from loadtest.variations import body, variations
 from tests.service.server import FAKES, PROJECT, WAIT_S, Start, free_port, publish
 
@@ -224,6 +225,39 @@ class TestClient:
 
         with pytest.raises(ConnectionRefusedError), asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main())
+
+
+class TestStep:
+    def test_what_it_says_is_of_the_answers_with_200(self) -> None:
+        begun, latencies = [0.0, 0.5, 1.0, 1.9], [0.01, 0.02, 0.03, 0.4]
+        tally = Tally(2, due=8, begun=begun, latencies=latencies, refusals=Counter({429: 3}))
+        said = step_of(4, tally, Usage())
+        assert tally.unanswered == 1
+        assert said.failed == 0.5
+        # The last one was answered after the end.
+        assert said.per_s == 1.5
+        assert (said.p50_ms, said.p95_ms, said.p99_ms) == (20, 400, 400)
+        assert said.mean_ms == pytest.approx(115)
+
+    def test_growth_is_in_seconds_a_second(self) -> None:
+        begun = [n / 100 for n in range(400)]
+        queue_builds_up = Tally(4, due=400, begun=begun, latencies=[0.1 + n / 10 for n in begun])
+        assert step_of(100, queue_builds_up, Usage()).growth == pytest.approx(0.1)
+        steady = Tally(4, due=400, begun=begun, latencies=[0.1] * 400)
+        assert step_of(100, steady, Usage()).growth == 0
+
+    def test_counters_that_others_have_raised_are_not_used(self) -> None:
+        tally = Tally(1, due=100, begun=[0.0] * 100, latencies=[0.001] * 100, lasted=2)
+        names = "inference_batch_size_sum", "inference_batch_size_count"
+        before = dict.fromkeys((*names, "inference_requests_total"), 10.0)
+        ours = dict(zip(before, (110.0, 60.0, 110.0), strict=True))
+        cpu = "process_cpu_seconds_total"
+        usage = usage_between(before | {cpu: 1}, ours | {cpu: 2}, tally)
+        assert usage == Usage(rows_per_batch=2, queue_ms=None, cpu=0.5)
+        assert usage_between(before, ours, tally).cpu is None
+        for count in (60.0, 160.0):
+            other = ours | {"inference_requests_total": count}
+            assert usage_between(before, other, tally) == Usage()
 
 
 def step(rate: float, p99_ms: float, mean_ms: float = 1, **others: Any) -> Step:
