@@ -114,6 +114,7 @@ FILES = [
     "loadtest/client.py",
     "loadtest/driver.py",
     "loadtest/measure.py",
+    "loadtest/reasons.py",
     "loadtest/report.py",
     "loadtest/service.py",
     "loadtest/variations.py",

@@ -17,10 +17,11 @@ from app.discovery import PredictorClass, discover
 from app.errors import PredictionFailed, StartupError
 from app.settings import Settings, load_settings
 from loadtest import batches, report
-from loadtest.advice import Findings, Objective, advise
+from loadtest.advice import Findings, Objective
 from loadtest.batches import Batch
 from loadtest.driver import Driver
 from loadtest.measure import Step, read_counters
+from loadtest.reasons import advise
 from loadtest.service import LoadTestError, Service, started
 from loadtest.variations import body, variations
 

@@ -1,4 +1,4 @@
-"""What the measurements come to: the knee, the capacity, and settings, each with its reason."""
+"""What the measurements come to: the knee, the capacity, and settings, as numbers."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,10 @@ BATCH_SHARE = 0.1
 """The part of the objective that one batch may take: a caller may wait for the batch before, for
 its own, and for the queue."""
 
-LITTLE_CPU = 0.4
+LEAST_GAIN = 0.05
+"""Of the time for a request; for less, no setting is changed."""
+
+LITTLE_CPU = 0.6
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,12 @@ def replicas(rate: float, at_capacity: Step) -> int:
     return max(LEAST_REPLICAS, math.ceil(rate / per_pod(at_capacity)))
 
 
-def cpu_at(steps: Sequence[Step], rate: float) -> float | None:
-    """CPUs that are busy at `rate`, between the steps of an open loop that lie around it."""
+def rate_at(steps: Sequence[Step], cpu: float) -> float | None:
+    """The rate at which so many CPUs are first busy, between the steps that lie around it."""
     known = sorted((step.asked, step.usage.cpu) for step in steps if step.usage.cpu is not None)
     for (low, low_cpu), (high, high_cpu) in pairwise(known):
-        if low <= rate <= high:
-            return low_cpu + (high_cpu - low_cpu) * (rate - low) / (high - low)
+        if low_cpu < cpu <= high_cpu:
+            return low + (high - low) * (cpu - low_cpu) / (high_cpu - low_cpu)
     return None
 
 
@@ -107,147 +110,25 @@ class Findings:
     """Of a batch, as the service has it; None: it does not say."""
 
 
-Advice = tuple[str, str]
-"""What it is about, and what is to be said of it."""
+def advised_batch(found: Findings) -> Batch:
+    """The batch to allow: that of now, unless it takes too long, or callers would feel a larger."""
+    best, now = best_batch(found.batches, found.objective.batch_ms), batch_of_now(found)
+    if now is None:
+        return best
+    is_larger_felt = best.rows > now.rows and gain(now, best, found) >= LEAST_GAIN
+    is_too_long = best.rows < now.rows and now.ms > found.objective.batch_ms
+    return best if is_larger_felt or is_too_long else now
 
 
-def advise(found: Findings) -> list[Advice]:
-    objective, steps = found.objective, found.steps
-    at_knee, at_capacity = knee(steps), capacity(steps, objective)
-    said = [("Knee", _on_knee(at_knee)), ("Capacity", _on_capacity(at_capacity, found))]
-    said.append(("BATCH_MAX_ROWS", _on_batches(found)))
-    if at_capacity:
-        said.append(("Replicas", _on_replicas(at_capacity, objective)))
-        said.append(("autoscale-hpa", _on_cpu(at_capacity, steps)))
-        said.append(("autoscale-keda", _on_queue(found)))
-    return said
+def batch_of_now(found: Findings) -> Batch | None:
+    return next((batch for batch in found.batches if batch.rows == found.max_rows), None)
 
 
-def _on_knee(at_knee: Step | None) -> str:
-    if at_knee is None:
-        return "none: at every rate there were requests that failed."
-    return (
-        f"{number(at_knee.asked)} requests a second, where throughput divided by mean response "
-        f"time ({number(at_knee.mean_ms)} ms) is greatest. Up to there more load costs little "
-        "latency; from there on it costs more latency than it brings throughput."
-    )
+def share_of_best(batch: Batch, found: Findings) -> float:
+    return batch.rows_per_s / max(other.rows_per_s for other in found.batches)
 
 
-def _on_capacity(at_capacity: Step | None, found: Findings) -> str:
-    objective = found.objective
-    promise = (
-        f"p99 within {number(objective.p99_ms)} ms, less than {percent(MAX_FAILED)} failed, and no "
-        "queue that kept growing"
-    )
-    if at_capacity is None:
-        least = min(found.steps, key=lambda step: step.asked)
-        return (
-            f"none: at no rate was {promise}. At the lowest, {number(least.asked)} requests a "
-            f"second, p99 was {number(least.p99_ms)} ms and {percent(least.failed)} failed, so "
-            "more replicas will not help: look at what a single request takes."
-        )
-    is_last = at_capacity.asked == max(step.asked for step in found.steps)
-    lower = [step for step in found.steps if step.asked < at_capacity.asked]
-    missed = sum(not meets(step, objective) for step in lower)
-    doubt = f" At {missed} of the lower rates it was not so: measure longer (--seconds)."
-    return (
-        f"{'at least ' if is_last else ''}{number(at_capacity.asked)} requests a second, the "
-        f"highest rate at which it was so: {promise}. p99 was {number(at_capacity.p99_ms)} ms."
-        f"{doubt if missed else ''}"
-    )
-
-
-def _on_batches(found: Findings) -> str:
-    if not found.batches:
-        return "not known, as the predictor could not be timed here."
-    predictor, limit_ms = found.predictor, found.objective.batch_ms
-    best = best_batch(found.batches, limit_ms)
-    top = max(batch.rows_per_s for batch in found.batches)
-    reason = (
-        f"{best.rows} {'row takes' if best.rows == 1 else 'rows take'} {best.ms:.3g} ms, which "
-        f"gives {percent(best.rows_per_s / top)} of the most rows a second that any batch gave"
-    )
-    if best.ms <= limit_ms:
-        reason += f", and no more than a tenth of the objective ({number(limit_ms)} ms)."
-    else:
-        reason += (
-            f". Even one row takes {found.batches[0].ms:.3g} ms, a long time of the objective."
-        )
-    if predictor.allowed_batch_sizes:
-        sizes = ", ".join(map(str, predictor.allowed_batch_sizes))
-        return f"not looked at: allowed_batch_sizes of the predictor are {sizes}. Of them {reason}"
-    if predictor.batch_max_rows:
-        own = f"the predictor says batch_max_rows = {predictor.batch_max_rows}"
-        return f"not looked at: {own}. Measured, it would be {best.rows}: {reason}"
-    now = f" (now {found.max_rows})" if found.max_rows else ""
-    now = ", as it is" if found.max_rows == best.rows else now
-    return f"{best.rows}{now}: {reason}{_on_filling(found)}"
-
-
-def _on_filling(found: Findings) -> str:
-    fullest = max((step.usage.rows_per_batch or 0 for step in found.steps), default=0)
-    if found.max_rows is None or not 0 < fullest < found.max_rows / 2:
-        return ""
-    return (
-        f" Under load batches had {number(fullest)} rows on average where they were fullest, so "
-        "for requests of one row the limit hardly matters."
-    )
-
-
-def _on_replicas(at_capacity: Step, objective: Objective) -> str:
-    share = number(per_pod(at_capacity))
-    reason = "two thirds of the capacity, as the load may grow by a half until a new pod is there"
-    if objective.rate is None:
-        return (
-            f"one for each {share} requests a second at the peak (say it with --rate), and two at "
-            f"least, for when one goes. That is {reason}."
-        )
-    return (
-        f"{replicas(objective.rate, at_capacity)} for {number(objective.rate)} requests a second "
-        f"at the peak: {share} for each, {reason}; and two at least, for when one goes."
-    )
-
-
-def _on_cpu(at_capacity: Step, steps: Sequence[Step]) -> str:
-    share = per_pod(at_capacity)
-    cpu = cpu_at(steps, share)
-    if cpu is None:
-        return (
-            "not known: /metrics does not say what CPU this load took (several workers or "
-            "replicas, other callers, or no Linux). The component has 65."
-        )
-    where = f"at {number(share)} requests a second, a pod's share, {cpu:.2f} CPUs were busy"
-    if cpu < LITTLE_CPU:
-        return f"no: {where}; CPUs say little of the load. Take autoscale-keda."
-    requested = math.ceil(cpu)
-    more = f" with {requested} CPUs in the request" if requested > 1 else ""
-    return (
-        f"averageUtilization: {round(cpu / requested * 100)}{more} (the component has 65): {where}."
-    )
-
-
-def _on_queue(found: Findings) -> str:
-    predictor = found.predictor
-    rows = predictor.allowed_batch_sizes[-1:] or (predictor.batch_max_rows,)
-    if rows[0] is None and found.batches:
-        rows = (best_batch(found.batches, found.objective.batch_ms).rows,)
-    full = rows[0] or found.max_rows
-    if full is None:
-        return "threshold: as many rows as a full batch has (BATCH_MAX_ROWS)."
-    return (
-        f"threshold: {full}, a full batch. When so many rows wait at all times, a caller waits for "
-        "two batches, and not for one."
-    )
-
-
-def number(value: float) -> str:
-    """With as many digits as mean something."""
-    if not math.isfinite(value):
-        return "-"
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def percent(share: float) -> str:
-    return f"{share * 100:.3g}%"
+def gain(now: Batch, other: Batch, found: Findings) -> float:
+    """The share of the time that the service has for a request, at most, which the model spares."""
+    most = max(step.per_s for step in found.steps)
+    return most * (1 / now.rows_per_s - 1 / other.rows_per_s)

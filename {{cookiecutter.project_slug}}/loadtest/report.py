@@ -6,9 +6,9 @@ from textwrap import fill
 
 import plotext
 
-from loadtest.advice import Advice, number, percent
 from loadtest.batches import Batch
 from loadtest.measure import Step
+from loadtest.reasons import Advice, number, percent
 
 WIDTH = 80
 HEIGHT = 20

@@ -26,6 +26,7 @@ from loadtest.advice import Findings, Objective
 from loadtest.batches import Batch
 from loadtest.client import MAX_CONNECTIONS, Client, Tally, Target, new_loop
 from loadtest.measure import Step, Usage, step_of, usage_between
+from loadtest.reasons import advise
 from loadtest.variations import body, variations
 from tests.service.server import FAKES, PROJECT, WAIT_S, Start, free_port, publish
 
@@ -283,7 +284,7 @@ class TestAdvice:
             "batches": [Batch(1, 1), Batch(32, 2)],
             "max_rows": 32,
         }
-        return dict(advice.advise(Findings(steps=steps, **(fields | others))))
+        return dict(advise(Findings(steps=steps, **(fields | others))))
 
     def test_the_knee_is_where_power_is_greatest(self) -> None:
         steps = [step(100, 5, 1), step(200, 6, 1.2), step(300, 20, 3), step(400, 90, 40)]
@@ -312,7 +313,7 @@ class TestAdvice:
 
     def test_without_a_capacity_nothing_is_advised_on_replicas(self) -> None:
         said = self.said([step(100, 500), step(200, 900, failed=0.5)])
-        assert said["Capacity"].startswith("none: at no rate was p99 within 100 ms,")
+        assert said["Capacity"].startswith("none: no rate had p99 within 100 ms,")
         assert said.keys() == {"Knee", "Capacity", "BATCH_MAX_ROWS"}
 
     def test_the_smallest_batch_that_is_nearly_the_most_productive(self) -> None:
@@ -330,14 +331,35 @@ class TestAdvice:
         fixed = type("Fixed", (self.predictor,), {"allowed_batch_sizes": (1, 32)})
         assert "are 1, 32" in self.said([step(100, 5)], predictor=fixed)["BATCH_MAX_ROWS"]
 
-    def test_the_target_is_the_cpu_at_the_share_of_a_pod(self) -> None:
-        steps = [step(r, 5, usage=Usage(cpu=r / 400)) for r in (100, 200, 300)]
-        # Two thirds of 300.
-        assert "averageUtilization: 50 " in self.said(steps)["autoscale-hpa"]
+    def test_a_limit_that_does_is_left_as_it_is(self) -> None:
+        small, full, large = Batch(1, 0.2), Batch(32, 0.4), Batch(256, 2)
+        steps = [step(1000, 5)]
+        # 80,000 and 128,000 rows a second, where a request takes a thousandth of one.
+        kept = self.said(steps, batches=[small, full, large])
+        assert kept["BATCH_MAX_ROWS"].startswith("32, as it is: so many take 0.4 ms")
+        assert "256 would give more, but" in kept["BATCH_MAX_ROWS"]
+        assert kept["autoscale-keda"].startswith("threshold: 32,")
+        felt = self.said([step(50_000, 5)], batches=[small, full, large])
+        assert felt["BATCH_MAX_ROWS"].startswith("256 (now 32), for 23.4% less time")
+        assert felt["autoscale-keda"].startswith("threshold: 256,")
+        slow = self.said(steps, batches=[Batch(1, 4), Batch(8, 8), Batch(32, 15.2)])
+        assert slow["BATCH_MAX_ROWS"].startswith("8 (now 32): 32 take 15.2 ms, more than a tenth")
+
+    def test_the_target_leaves_room_for_half_as_much_again(self) -> None:
+        steps = [step(r, 5, usage=Usage(cpu=r / 320)) for r in (100, 200, 300)]
+        said = self.said(steps)["autoscale-hpa"]
+        assert said.startswith("averageUtilization: 62 ")
+        assert "already" not in said
+        cpus = {100: 0.6, 200: 0.8, 300: 0.9}
+        early = [step(r, 5, usage=Usage(cpu=cpu)) for r, cpu in cpus.items()]
+        assert (
+            "is reached at 100 requests a second already"
+            in self.said([step(50, 5, usage=Usage(cpu=0.3)), *early])["autoscale-hpa"]
+        )
         idle = [step(r, 5, usage=Usage(cpu=0.1)) for r in (100, 200, 300)]
         assert "autoscale-keda" in self.said(idle)["autoscale-hpa"]
-        busy = [step(r, 5, usage=Usage(cpu=1.5)) for r in (100, 200, 300)]
-        assert "75 with 2 CPUs" in self.said(busy)["autoscale-hpa"]
+        busy = [step(r, 5, usage=Usage(cpu=1.8)) for r in (100, 200, 300)]
+        assert "60, of 2 CPUs" in self.said(busy)["autoscale-hpa"]
         assert "not known" in self.said([step(100, 5)])["autoscale-hpa"]
 
     def test_the_picture_is_no_wider_than_a_terminal(self) -> None:
