@@ -18,12 +18,8 @@ HEADROOM = 1.5
 
 LEAST_REPLICAS = 2
 ENOUGH = 0.9
-BATCH_SHARE = 0.1
-"""The part of the objective that one batch may take: a caller may wait for the batch before, for
-its own, and for the queue."""
-
 LEAST_GAIN = 0.05
-"""Of the time for a request; for less, no setting is changed."""
+"""Of the work for a request; for less, no setting is changed."""
 
 LITTLE_CPU = 0.6
 
@@ -36,10 +32,11 @@ class Objective:
     rate: float | None = None
     """Requests a second at the peak; None: not known."""
 
-    @property
-    def batch_ms(self) -> float:
-        """What one batch may take."""
-        return self.p99_ms * BATCH_SHARE
+    def batch_ms(self, one_row_ms: float) -> float:
+        """What one batch may take, by what one of a single row takes: a tenth of the objective, as
+        a caller may wait for the batch before, for its own, and in the queue; or else a half."""
+        share = 0.1 if one_row_ms <= self.p99_ms * 0.1 else 0.5
+        return max(one_row_ms, self.p99_ms * share)
 
 
 def knee(steps: Sequence[Step]) -> Step | None:
@@ -64,13 +61,9 @@ def meets(step: Step, objective: Objective) -> bool:
     return step.p99_ms <= objective.p99_ms and step.failed < MAX_FAILED and is_kept_up
 
 
-def best_batch(batches: Sequence[Batch], limit_ms: float) -> Batch:
-    """The smallest that is nearly as productive as any, of those that take `limit_ms` at most.
-
-    Where even one row takes longer than that, a batch may take twice as long as that row: as two
-    rows would, one after the other.
-    """
-    limit_ms = max(limit_ms, 2 * batches[0].ms)
+def best_batch(batches: Sequence[Batch], objective: Objective) -> Batch:
+    """The smallest that is nearly as productive as any, of those that are quick enough."""
+    limit_ms = objective.batch_ms(batches[0].ms)
     allowed = [batch for batch in batches if batch.ms <= limit_ms]
     best = max(batch.rows_per_s for batch in allowed)
     return next(batch for batch in allowed if batch.rows_per_s >= ENOUGH * best)
@@ -111,13 +104,14 @@ class Findings:
 
 
 def advised_batch(found: Findings) -> Batch:
-    """The batch to allow: that of now, unless it takes too long, or callers would feel a larger."""
-    best, now = best_batch(found.batches, found.objective.batch_ms), batch_of_now(found)
+    """The batch to allow: that of now, unless it takes too long, or a larger one would be felt."""
+    best, now = best_batch(found.batches, found.objective), batch_of_now(found)
     if now is None:
         return best
     is_larger_felt = best.rows > now.rows and gain(now, best, found) >= LEAST_GAIN
-    is_too_long = best.rows < now.rows and now.ms > found.objective.batch_ms
-    return best if is_larger_felt or is_too_long else now
+    is_too_long = now.ms > found.objective.batch_ms(found.batches[0].ms)
+    is_quicker = best.ms < now.ms / 1.5
+    return best if is_larger_felt or (is_too_long and is_quicker) else now
 
 
 def batch_of_now(found: Findings) -> Batch | None:
@@ -129,6 +123,6 @@ def share_of_best(batch: Batch, found: Findings) -> float:
 
 
 def gain(now: Batch, other: Batch, found: Findings) -> float:
-    """The share of the time that the service has for a request, at most, which the model spares."""
+    """The share of the time that a request has at the highest load which the model would spare."""
     most = max(step.per_s for step in found.steps)
     return most * (1 / now.rows_per_s - 1 / other.rows_per_s)

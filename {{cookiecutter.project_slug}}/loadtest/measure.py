@@ -89,12 +89,15 @@ def percentile_ms(ordered_s: Sequence[float], share: float) -> float:
 
 
 def growth(tally: Tally) -> float:
-    """Seconds that latency grew a second, from the first quarter of a step to its last."""
+    """Seconds that latency grew a second, from the first quarter of a step to its last; 0 if it did
+    not grow by half of itself, which may be chance."""
     quarter = tally.seconds / 4
     pairs = list(zip(tally.begun, tally.latencies, strict=True))
     first = [latency for begun, latency in pairs if begun < quarter]
     last = [latency for begun, latency in pairs if begun >= 3 * quarter]
-    return (median(last) - median(first)) / (3 * quarter) if first and last else 0
+    if not first or not last or median(last) < 1.5 * median(first):
+        return 0
+    return (median(last) - median(first)) / (3 * quarter)
 
 
 def read_counters(service: Service, model: str) -> Counters | None:

@@ -78,14 +78,7 @@ def _on_capacity(at_capacity: Step | None, found: Findings) -> str:
 def _on_batches(found: Findings) -> str:
     if not found.batches:
         return "not known, as the predictor could not be timed here."
-    predictor = found.predictor
-    best, limit = best_batch(found.batches, found.objective.batch_ms), found.objective.batch_ms
-    share = percent(share_of_best(best, found))
-    reason = (
-        f"batches of {best.rows} take {best.ms:.3g} ms and give {share} of the most rows a second"
-    )
-    if best.ms > limit:
-        reason += f"; one alone takes {found.batches[0].ms:.3g} ms, so look at the model first"
+    predictor, best = found.predictor, best_batch(found.batches, found.objective)
     own = ""
     if predictor.allowed_batch_sizes:
         sizes = ", ".join(map(str, predictor.allowed_batch_sizes))
@@ -93,36 +86,39 @@ def _on_batches(found: Findings) -> str:
     elif predictor.batch_max_rows:
         own = f"the predictor says batch_max_rows = {predictor.batch_max_rows}"
     if own:
-        return f"not looked at: {own}. Of what was measured, {reason}."
-    return _on_setting(best, reason, found)
+        return f"not looked at: {own}. Of what was measured, {_on_batch(best, found)}."
+    return _on_setting(best, found)
 
 
-def _on_setting(best: Batch, reason: str, found: Findings) -> str:
+def _on_setting(best: Batch, found: Findings) -> str:
     advised, now = advised_batch(found), batch_of_now(found)
     if now is None:
-        return f"{best.rows}{f' (now {found.max_rows})' if found.max_rows else ''}: {reason}."
-    if advised is now:
-        return f"{now.rows}, as it is: {_why_kept(now, best, found)}"
-    if best.rows < now.rows:
-        too_long = f"{now.rows} take {now.ms:.3g} ms, more than a tenth of the objective"
-        return f"{best.rows} (now {now.rows}): {too_long}. {reason}."
-    spared = f"{percent(gain(now, best, found))} less time for each request"
-    return f"{best.rows} (now {now.rows}), for {spared}: {reason}."
-
-
-def _why_kept(now: Batch, best: Batch, found: Findings) -> str:
-    limit = f"a tenth of the objective ({number(found.objective.batch_ms)} ms)"
-    is_quick = now.ms <= found.objective.batch_ms
-    kept = (
-        f"so many take {now.ms:.3g} ms, {'within' if is_quick else 'as one alone takes more than'} "
-        f"{limit}, and give {percent(share_of_best(now, found))} of the most rows a second."
-    )
+        before = f" (now {found.max_rows})" if found.max_rows else ""
+        return f"{best.rows}{before}: {_on_batch(best, found)}."
+    if advised is not now:
+        why = f"{now.rows} take {now.ms:.3g} ms, too long for the objective"
+        if best.rows > now.rows:
+            why = f"{percent(gain(now, best, found))} less work at the highest load"
+        return f"{best.rows} (now {now.rows}): {why}; {_on_batch(best, found)}."
+    kept = f"{now.rows}, as it is: {_on_batch(now, found)}."
     if best.rows <= now.rows:
         return kept
     return (
-        f"{kept} {best.rows} would give more, but the model is not what takes the time: a request "
-        f"for one row would be spared {percent(gain(now, best, found))} of it."
+        f"{kept} {best.rows} would give more, but the model is not what takes the time: it would "
+        f"be {percent(gain(now, best, found))} less work at the highest load."
     )
+
+
+def _on_batch(batch: Batch, found: Findings) -> str:
+    objective, one_row = found.objective, found.batches[0]
+    limit = objective.batch_ms(one_row.ms)
+    said = (
+        f"batches of {batch.rows} take {batch.ms:.3g} ms, of {number(limit)} that the objective "
+        f"leaves, for {percent(share_of_best(batch, found))} of the most rows a second"
+    )
+    if one_row.ms > objective.p99_ms * 0.1:
+        said += f"; one row alone takes {one_row.ms:.3g} ms, so look at the model first"
+    return said
 
 
 def _on_replicas(at_capacity: Step, objective: Objective) -> str:

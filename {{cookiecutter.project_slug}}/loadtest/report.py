@@ -67,7 +67,10 @@ def picture(steps: Sequence[Step]) -> str:
     figure.ruler("x").ticks(rates[1::2], [number(rate) for rate in rates[1::2]])
     # Its own logarithmic scale takes no ticks.
     ticks = _log_ticks(min(step.p50_ms for step in seen), max(step.p99_ms for step in seen))
-    figure.ruler("y").ticks(list(map(math.log10, ticks)), [f"{tick:g}" for tick in ticks])
+    figure.ruler("y").ticks(
+        list(map(math.log10, ticks)),
+        [f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}" for tick in ticks],
+    )
     curves = (("p99", "x", [s.p99_ms for s in seen]), ("p50", "o", [s.p50_ms for s in seen]))
     for name, marker, latencies in curves:
         points = figure.signal(rates, list(map(math.log10, latencies)), marker=marker)
@@ -77,10 +80,15 @@ def picture(steps: Sequence[Step]) -> str:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 and so on, as far as they are between the two."""
+    """1, 2, 5, 10 and so on, between the two; or these, if they are close."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside if len(inside) > 1 else [low, high]
+
+
+def _plain(tick: float) -> str:
+    return f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}"
 
 
 def notes(steps: Sequence[Step]) -> list[str]:

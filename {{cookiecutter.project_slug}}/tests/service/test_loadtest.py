@@ -244,8 +244,8 @@ class TestStep:
         begun = [n / 100 for n in range(400)]
         queue_builds_up = Tally(4, due=400, begun=begun, latencies=[0.1 + n / 10 for n in begun])
         assert step_of(100, queue_builds_up, Usage()).growth == pytest.approx(0.1)
-        steady = Tally(4, due=400, begun=begun, latencies=[0.1] * 400)
-        assert step_of(100, steady, Usage()).growth == 0
+        a_little = Tally(4, due=400, begun=begun, latencies=[0.9 + n / 10 for n in begun])
+        assert step_of(100, a_little, Usage()).growth == 0
 
     def test_counters_that_others_have_raised_are_not_used(self) -> None:
         tally = Tally(1, due=100, begun=[0.0] * 100, latencies=[0.001] * 100, lasted=2)
@@ -318,10 +318,14 @@ class TestAdvice:
 
     def test_the_smallest_batch_that_is_nearly_the_most_productive(self) -> None:
         batches = [Batch(1, 1), Batch(8, 2), Batch(32, 5), Batch(64, 7.5), Batch(128, 15)]
-        assert advice.best_batch(batches, 10).rows == 64
-        assert advice.best_batch(batches, 5).rows == 32
-        # A row alone takes longer than it should; four take as long.
-        assert advice.best_batch([Batch(1, 60), Batch(4, 61), Batch(8, 130)], 10).rows == 4
+        assert advice.best_batch(batches, Objective(100)).rows == 64
+        assert advice.best_batch(batches, Objective(50)).rows == 32
+        # A row alone takes more than a tenth: with the batch before, half is what there is.
+        slow = [Batch(1, 40), Batch(4, 41), Batch(8, 60)]
+        assert advice.best_batch(slow, Objective(100)).rows == 4
+        # Nothing can be had by smaller ones.
+        found = Findings(self.predictor, Objective(50), slow, [step(10, 500)], max_rows=4)
+        assert advice.advised_batch(found).rows == 4
 
     def test_a_predictor_that_chooses_its_batches_itself(self) -> None:
         own = type("Own", (self.predictor,), {"batch_max_rows": 8})
@@ -336,14 +340,14 @@ class TestAdvice:
         steps = [step(1000, 5)]
         # 80,000 and 128,000 rows a second, where a request takes a thousandth of one.
         kept = self.said(steps, batches=[small, full, large])
-        assert kept["BATCH_MAX_ROWS"].startswith("32, as it is: so many take 0.4 ms")
+        assert kept["BATCH_MAX_ROWS"].startswith("32, as it is: batches of 32 take 0.4 ms,")
         assert "256 would give more, but" in kept["BATCH_MAX_ROWS"]
         assert kept["autoscale-keda"].startswith("threshold: 32,")
         felt = self.said([step(50_000, 5)], batches=[small, full, large])
-        assert felt["BATCH_MAX_ROWS"].startswith("256 (now 32), for 23.4% less time")
+        assert felt["BATCH_MAX_ROWS"].startswith("256 (now 32): 23.4% less work")
         assert felt["autoscale-keda"].startswith("threshold: 256,")
         slow = self.said(steps, batches=[Batch(1, 4), Batch(8, 8), Batch(32, 15.2)])
-        assert slow["BATCH_MAX_ROWS"].startswith("8 (now 32): 32 take 15.2 ms, more than a tenth")
+        assert slow["BATCH_MAX_ROWS"].startswith("8 (now 32): 32 take 15.2 ms, too long")
 
     def test_the_target_leaves_room_for_half_as_much_again(self) -> None:
         steps = [step(r, 5, usage=Usage(cpu=r / 320)) for r in (100, 200, 300)]
