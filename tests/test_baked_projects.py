@@ -89,6 +89,9 @@ def test_it_passes_its_own_checks_and_keeps_what_its_readme_says(
     assert len(key) == 43
     assert len(digest) == 64
 
+    told = project.run("make", "load", "ARGS=--seconds 0.1")
+    assert re.search(r"^BATCH_MAX_ROWS +\d", told, re.MULTILINE), told
+
     project.run("make", "lint")
     # The tests of the service itself are the same for each kind, and take minutes.
     test = ["make", "test"] if kind == "onnx" else [".venv/bin/python", "-m", "pytest", *TESTS]
@@ -115,10 +118,11 @@ def test_its_readme_says_how_to_do_without_make(bake: Callable[..., BakedProject
     table = re.findall(r"^\| `make ([\w-]+)` \| (.*) \|$", project.read("README.md"), re.MULTILINE)
     plain = {target: re.findall(r"`([^`]+)`", cell) for target, cell in table}
     images = {"image", "image-cuda", "run-image"}  # See test_image.py.
-    assert plain.keys() == {"train", "run", "test", "lint", "format", "lock"} | images
+    assert plain.keys() == {"train", "run", "load", "test", "lint", "format", "lock"} | images
     train, serve = plain["run"]
     for command in [train, *plain["train"], *plain["lint"], *plain["format"]]:
         project.run("sh", "-c", command)
+    project.run("sh", "-c", f"{plain['load'][-1]} --seconds 0.1")
     with serving(project, serve):
         pass
     assert_only_ignored_files_are_new(project)
