@@ -1,8 +1,8 @@
 """Alerts that are brought about on purpose: `make bench-alerts`.
 
 Services with a fault each run side by side, and one without. A real Prometheus scrapes them, with
-the rules as they are, windows and waiting times included, so it takes a quarter of an hour. Each
-is a namespace of its own. Traffic is a few requests a second to this machine; only processes that
+the rules as they are, waiting times included, so it takes a quarter of an hour. Each is a
+namespace of its own. Traffic is a few requests a second to this machine; only processes that
 were started here are ended, some of them on purpose.
 """
 
@@ -53,7 +53,7 @@ def payment(chance: random.Random, factor: float = 1.0) -> dict[str, Any]:
         "transaction_amount": min(factor * 50 * chance.lognormvariate(0, 1.2) + 0.01, 999_999),
         "merchant_category": chance.choices(categories, [0.15, 0.35, 0.25, 0.1, 0.15])[0],
         "user_account_age_days": int(min(chance.expovariate(1 / 700), 36_500)),
-        "hour_of_day": chance.randrange(24),
+        "hour_of_day": datetime.now(UTC).hour,
     }
 
 
@@ -278,7 +278,9 @@ def as_markdown(todo: list[Scenario], came: dict[tuple[str, str], float], commit
     about = (
         f"Written by `make bench-alerts` on {datetime.now(UTC).date()}, commit {commit_id}. The "
         "services run side by side on two cores, with the rules of `deploy/prometheus/` as they "
-        "are; Prometheus scrapes every 5 s. Seconds are from when traffic began.\n"
+        "are; Prometheus scrapes every 5 s. Seconds are from when traffic began, and as nothing "
+        "was before, the windows of an hour and more are as long as that: after a good day a "
+        "burn takes minutes to be one.\n"
     )
     return "\n".join(
         [

@@ -48,11 +48,18 @@ def accepts(
     )
 
 
-def may_call(policies: list[Object], pod: Labels, other: Labels, port: int) -> bool:
-    """Whether `pod` may connect to the pod `other` of its own namespace."""
+def may_call(
+    policies: list[Object],
+    pod: Labels,
+    other: Labels,
+    port: int,
+    namespace: Labels | None = None,
+) -> bool:
+    """Whether `pod` may connect to the pod `other` of its own namespace, or of `namespace`."""
     specs = _about(policies, "Egress", pod)
     return not specs or any(
-        {"port": port} in rule["ports"] and any(_is_peer(peer, other, None) for peer in rule["to"])
+        {"port": port} in rule["ports"]
+        and any(_is_peer(peer, other, namespace) for peer in rule["to"])
         for spec in specs
         for rule in spec.get("egress", [])
     )

@@ -269,6 +269,8 @@ def test_who_may_connect_to_whom(rendered: Rendered) -> None:
         assert accepts(policies, SERVICE, "http", namespace=CALLERS), name
         assert accepts(policies, SERVICE, "http", namespace=MONITORING) == is_scraped, name
         assert not accepts(policies, SERVICE, "http", namespace={}), name
+        assert may_call(policies, SERVICE, {}, 4318, namespace=MONITORING) == is_scraped, name
+        assert not may_call(policies, SERVICE, {}, 4318, namespace={}), name
         if has_redis:
             assert accepts(policies, REDIS, "redis", pod=SERVICE), name
             assert not accepts(policies, REDIS, "redis", pod={}), name

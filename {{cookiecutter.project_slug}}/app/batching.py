@@ -99,7 +99,7 @@ class BatchTrace(Protocol):
     context: Context
     """Where the model is to be asked."""
 
-    def end(self, rows: int, /) -> object: ...
+    def end(self, rows: int, /, *, has_failed: bool) -> object: ...
 
 
 class BatchTracer(Protocol):
@@ -117,10 +117,11 @@ class BatchTimings:
     """Of a batch: shared by all whose rows are in it."""
 
     started: float
-    rows: int = 0
-    seconds: float = 0
-    """What running it took, again where it had failed."""
+    rows: int
+    seconds: float | None = None
+    """What running it took, again where it had failed; None until it ran."""
 
+    has_failed: bool = False
     trace: BatchTrace | None = None
 
 
@@ -437,7 +438,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self._schedule()
 
     def _start(self, parts: _Parts[RowT, OutcomeT], now: float) -> None:
-        timings = BatchTimings(now)
+        timings = BatchTimings(now, sum(len(part.rows) for part in parts))
         for request, first, _ in parts:
             if not first:
                 request.timings.batch = timings
@@ -528,7 +529,7 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def _free(self, batch: _Batch[RowT, OutcomeT]) -> None:
         if batch.timings.trace:
-            batch.timings.trace.end(batch.timings.rows)
+            batch.timings.trace.end(batch.timings.rows, has_failed=batch.timings.has_failed)
         self._free_since = self._clock()
         self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
         # The slot is free before the next batch is bound.
@@ -549,10 +550,10 @@ class Collector(Generic[RowT, OutcomeT]):
         rows = sum(len(part.rows) for part in parts)
         seconds = self._clock() - started
         self._metrics.ran(rows, seconds)
-        batch.timings.rows = max(batch.timings.rows, rows)
-        batch.timings.seconds += seconds
+        batch.timings.seconds = (batch.timings.seconds or 0) + seconds
         # Raised here, the error would know this frame, which knows those who get the error.
         error = asyncio.CancelledError() if run.cancelled() else run.exception()
+        batch.timings.has_failed |= error is not None
         if error is None:
             self._deliver(parts, run.result())
             self.cost.ran(rows, seconds)

@@ -496,7 +496,9 @@ class _Flight:
                 landing.set_result({})
             else:
                 # Of the same row they would see the same.
-                landing.set_exception(copy(error).with_traceback(None))
+                same = copy(error).with_traceback(None)
+                same.__cause__ = error.__cause__
+                landing.set_exception(same)
 
     def cancel(self) -> None:
         """Nobody waits any more."""

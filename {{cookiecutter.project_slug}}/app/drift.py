@@ -6,13 +6,13 @@ all replicas: see deploy/prometheus/rules.yaml.
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import Context
 from operator import attrgetter
-from random import random
+from random import random, sample
 from typing import Any
 
-from app.metrics import ModelMetrics
+from app.metrics import ValueMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from app.reference import FieldReference, Reference
 
@@ -26,10 +26,11 @@ class ValueCounts:
     go after the second is over, and of at most 2 * `rows_per_s` rows. Below that it is exact.
     """
 
-    def __init__(self, reference: Reference, metrics: ModelMetrics, rows_per_s: int) -> None:
+    def __init__(self, reference: Reference, metrics: ValueMetrics, rows_per_s: int) -> None:
         named = [(f"features.{name}", field) for name, field in reference.features.items()]
         named += [(f"prediction.{name}", field) for name, field in reference.prediction.items()]
-        self._fields = [(field, metrics.values(name, field.shares)) for name, field in named]
+        self._fields = [(field, metrics.counters(name, field.shares)) for name, field in named]
+        self._looked_at = metrics.rows_looked_at
         self._features = _values_of(reference.features)
         self._prediction = _values_of(reference.prediction)
         self._most = 2 * rows_per_s
@@ -59,15 +60,25 @@ class ValueCounts:
             loop.call_later(WINDOW_S, self._count, context=Context())
         self._sample.append((*self._features(features), *self._prediction(outcome)))
         if len(self._sample) > self._most:
-            del self._sample[::2]
+            # At random, as every second one may be of the same kind.
+            self._sample = sample(self._sample, len(self._sample) // 2)
             self._step *= 2
 
     def _count(self) -> None:
-        sample, weight = self._sample, self._step
+        taken, weight = self._sample, self._step
         self._sample, self._step, self._skip = [], 1, 0
-        for (field, counters), values in zip(self._fields, zip(*sample, strict=True), strict=True):
+        self._looked_at.inc(len(taken))
+        columns = zip(*taken, strict=True)
+        self._count_next(zip(self._fields, columns, strict=True), weight)
+
+    def _count_next(self, columns: Iterator[Any], weight: int) -> None:
+        """Of one field in each turn of the event loop, which is not held up."""
+        for (field, counters), values in columns:
             for name, count in Counter(map(field.bin_of, values)).items():
                 counters(name).inc(weight * count)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._count_next, columns, weight, context=Context())
+            return
 
 
 def _values_of(fields: dict[str, FieldReference]) -> Any:

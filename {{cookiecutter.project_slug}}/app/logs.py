@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -131,24 +133,38 @@ class StormFilter(logging.Filter):
     has its line in the access log.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         super().__init__()
+        self._clock = clock
         self._seen: dict[tuple[object, ...], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING and not record.exc_info:
             return True
-        error = record.exc_info[0] if record.exc_info else None
-        kind = (record.pathname, record.lineno, error)
-        since, count = self._seen.get(kind, (record.created, 0))
-        if record.created >= since + STORM_S:
+        kind = (record.pathname, record.lineno, *_kind_of_error(record))
+        # Not the time of the record, which is that of a clock that may be set back.
+        now = self._clock()
+        since, count = self._seen.get(kind, (now, 0))
+        if now >= since + STORM_S:
             if count > STORM_LINES:
                 record.left_out = count - STORM_LINES
-            since, count = record.created, 0
+            since, count = now, 0
         if len(self._seen) >= STORM_KINDS:
             self._seen.clear()
         self._seen[kind] = since, count + 1
         return count < STORM_LINES
+
+
+def _kind_of_error(record: logging.LogRecord) -> tuple[object, ...]:
+    """Of which model, what was raised in the first place, and where."""
+    error = record.exc_info[1] if record.exc_info else None
+    while error and error.__cause__:
+        error = error.__cause__
+    frame = error.__traceback__ if error else None
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    where = (frame.tb_frame.f_code.co_filename, frame.tb_lineno) if frame else ()
+    return (getattr(record, "model", None), type(error), *where)
 
 
 class AccessLog:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from time import time
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import Counter, Gauge, Histogram, values
 
@@ -14,6 +14,7 @@ if place := os.environ.get("WORKER_PLACE"):
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 COMPUTE_BUCKETS_S = (0.0001, 0.00025, 0.0005, *LATENCY_BUCKETS_S)
+DIGEST_CHARS = 12
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 _requests = Counter("http_requests_total", "Requests.", ["method", "handler", "status"])
@@ -86,18 +87,24 @@ _load_seconds = Gauge(
 _values = Counter(
     "inference_values_total",
     "Rows by the bin of a value that was sent or predicted; many are estimated from a sample.",
-    [*_MODEL, "field", "bin"],
+    [*_MODEL, "digest", "field", "bin"],
+)
+_looked_at = Counter(
+    "inference_values_rows_total", "Rows whose values were looked at.", [*_MODEL, "digest"]
 )
 _expected = Gauge(
     "inference_values_expected_ratio",
     "The part of the rows that was in the bin when the model was trained.",
-    [*_MODEL, "field", "bin"],
+    [*_MODEL, "digest", "field", "bin"],
     multiprocess_mode="livemax",
 )
 
 RejectReason = Literal["not_ready", "queue_full", "deadline"]
 Outcome = Literal["ok", "invalid", "failed", "out_of_memory", "rejected", "expired", "cancelled"]
 """`failed`: the model raised, or broke its contract."""
+
+USUAL_STATUSES = (200, 422, 429, 500, 503, 504)
+"""Counted from zero: where a counter begins with errors, Prometheus sees no increase."""
 
 
 class ModelMetrics:
@@ -108,6 +115,10 @@ class ModelMetrics:
         self._rejection = cache(lambda reason: _rejections.labels(model, version, reason))
         self._outcome = cache(lambda outcome: _outcomes.labels(model, version, outcome))
         self._queue_rows = _queue_rows.labels(model, version)
+        for reason in get_args(RejectReason):
+            self._rejection(reason)
+        for outcome in get_args(Outcome):
+            self._outcome(outcome)
         self._rows_waiting = 0
         self.queue_wait = _queue_waits.labels(model, version)
         self._batch_rows = _batch_rows.labels(model, version)
@@ -117,18 +128,9 @@ class ModelMetrics:
 
     def loaded(self, seconds: float, *, digest: str, device: str, provider: str) -> None:
         """It answers from now on."""
-        _info.labels(*self._labels, digest[:12], device, provider).set(1)
+        _info.labels(*self._labels, digest[:DIGEST_CHARS], device, provider).set(1)
         _loaded.labels(*self._labels).set(time())
         _load_seconds.labels(*self._labels).set(seconds)
-
-    def values(self, field: str, expected: Mapping[str, float]) -> Callable[[str], Counter]:
-        """Gives the counter of a bin of `field`, of which those `expected` are there at once."""
-        for name, share in expected.items():
-            _expected.labels(*self._labels, field, name).set(share)
-        counter = cache(lambda name: _values.labels(*self._labels, field, name))
-        for name in expected:
-            counter(name)
-        return counter
 
     def waiting(self, rows: int) -> None:
         """So many rows wait."""
@@ -148,6 +150,26 @@ class ModelMetrics:
     def ended(self, outcome: Outcome) -> None:
         """A request to the model has ended so."""
         self._outcome(outcome).inc()
+
+
+class ValueMetrics:
+    """The metrics of what is sent to one version of one model, and of what it predicts.
+
+    The digest tells its bins from those of another training under the same version.
+    """
+
+    def __init__(self, model: str, version: str, digest: str) -> None:
+        self._labels = (model, version, digest[:DIGEST_CHARS])
+        self.rows_looked_at = _looked_at.labels(*self._labels)
+
+    def counters(self, field: str, expected: Mapping[str, float]) -> Callable[[str], Counter]:
+        """Gives the counter of a bin of `field`; those `expected` are there at once."""
+        for name, share in expected.items():
+            _expected.labels(*self._labels, field, name).set(share)
+        counter = cache(lambda name: _values.labels(*self._labels, field, name))
+        for name in expected:
+            counter(name)
+        return counter
 
 
 class CacheMetrics:
@@ -191,6 +213,8 @@ class RouteMetrics:
     def __init__(self, method: str, handler: str) -> None:
         self._count = cache(lambda status: _requests.labels(method, handler, str(status)))
         self._durations = _durations.labels(method, handler)
+        for status in USUAL_STATUSES:
+            self._count(status)
 
     def ended(self, status: int, seconds: float) -> None:
         """A request was answered."""

@@ -2,12 +2,12 @@
 
 It lies beside the model's files as `reference.json`, and the manifest vouches for it like for
 them. Values are in bins: numbers in about ten that are equally full, by the deciles of the sample;
-yes or no, and words of which there are few, in one for each.
+yes or no, words and classes, of which there are few, in one for each.
 """
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from enum import Enum
 from pathlib import Path
 from statistics import quantiles
@@ -25,10 +25,15 @@ MAX_FIELDS = 50
 MAX_WORDS = 20
 MAX_CHARS = 60
 BINS = 10
+MIN_ROWS = 100
+"""With fewer, the shares of ten bins are chance."""
+
 BATCH_ROWS = 32
 
-NONE = "none"
-OTHER = "other"
+NONE = "(none)"
+OTHER = "(other)"
+"""In parentheses, as a word of the sample may be `other`."""
+
 LAST = "+Inf"
 
 
@@ -36,10 +41,11 @@ class FieldReference(BaseModel):
     """The values of one field in the sample."""
 
     edges: list[float] | None = Field(default=None, max_length=BINS)
-    """The largest number of each bin, in order; above the last is one more. None: words."""
+    """The largest number of each bin, in order; above the last is one more. None: words, or whole
+    numbers like words."""
 
     shares: dict[str, float] = Field(max_length=MAX_WORDS + 2)
-    """The part of the sample that is in a bin, by its name."""
+    """The part of the sample that is in a bin, by its name; all bins that there can be."""
 
     def bin_of(self, value: Any) -> str:
         """The name of the bin of a value, whatever it is."""
@@ -70,21 +76,33 @@ class Reference(BaseModel):
 
 
 def describe(
-    directory: Path, predictor_class: type[BasePredictor[Any, Any]], sample: Sequence[BaseFeatures]
+    directory: Path,
+    predictor_class: type[BasePredictor[Any, Any]],
+    sample: Sequence[BaseFeatures],
+    leave_out: Collection[str] = (),
 ) -> None:
     """Ask the model in `directory` for `sample`, and write down the values of both beside it.
 
     For use in `new_version`, when the model's files are written. The sample should be like what
-    callers will send, a thousand rows or more; those that cannot be scored are left out. Fields
-    that are neither numbers nor one of at most 20 words, and those past the fiftieth, have no
-    bins.
+    callers send in a day, a thousand rows or more; those that cannot be scored are left out.
+    Fields have bins that are numbers, or one of at most 20 words, up to the fiftieth.
+
+    Args:
+        leave_out: features that change by themselves, such as the time, or that are nobody's
+            business, as words become names in the metrics.
+
+    Raises:
+        ValueError: fewer than `MIN_ROWS` rows could be scored; the last error is its cause.
     """
     predictor = predictor_class()
     predictor.load(directory, "auto")
-    scored = list(_scored(predictor, sample))
+    scored, error = _scored(predictor, sample)
+    if len(scored) < MIN_ROWS:
+        reason = f"of {len(sample)} rows {len(scored)} could be scored; {MIN_ROWS} are needed"
+        raise ValueError(reason) from error
     reference = Reference(
         rows=len(scored),
-        features=_fields([features for features, _ in scored]),
+        features=_fields([features for features, _ in scored], leave_out),
         prediction=_fields([prediction for _, prediction in scored]),
     )
     content = reference.model_dump_json(indent=2, exclude_none=True)
@@ -93,22 +111,49 @@ def describe(
 
 def _scored(
     predictor: BasePredictor[Any, Any], sample: Sequence[BaseFeatures]
-) -> Iterator[tuple[BaseFeatures, BasePrediction]]:
-    sizes = predictor.allowed_batch_sizes
-    size = sizes[-1] if sizes else predictor.batch_max_rows or BATCH_ROWS
-    for first in range(0, len(sample), size):
-        rows = list(sample[first : first + size])
-        filling = rows[:1] * (size - len(rows)) if sizes else []
-        outcomes = predictor.predict(rows + filling)
-        for row, outcome in zip(rows, outcomes, strict=False):
-            if not isinstance(outcome, ItemError):
-                yield row, outcome
+) -> tuple[list[tuple[BaseFeatures, BasePrediction]], Exception | None]:
+    """Rows with what the model says of them, and the last error."""
+    by_shape: dict[Hashable, list[BaseFeatures]] = {}
+    for row in sample:
+        by_shape.setdefault(predictor.shape_key(row), []).append(row)
+    scored: list[tuple[BaseFeatures, BasePrediction]] = []
+    last: Exception | None = None
+    most = max(predictor.allowed_batch_sizes, default=predictor.batch_max_rows or BATCH_ROWS)
+    for same in by_shape.values():
+        todo = [same[first : first + most] for first in range(0, len(same), most)]
+        while todo:
+            rows = todo.pop()
+            try:
+                outcomes = _ask(predictor, rows)
+            except Exception as error:
+                last = error
+                # Which row it was is seen when each is alone.
+                todo += [[row] for row in rows] if len(rows) > 1 else []
+                continue
+            scored += [
+                (row, outcome)
+                for row, outcome in zip(rows, outcomes, strict=False)
+                if not isinstance(outcome, ItemError)
+            ]
+    return scored, last
 
 
-def _fields(rows: Sequence[BaseModel]) -> dict[str, FieldReference]:
+def _ask(
+    predictor: BasePredictor[Any, Any], rows: list[BaseFeatures]
+) -> Sequence[BasePrediction | ItemError]:
+    """More than there are rows where a batch has to be filled up."""
+    size = next((size for size in predictor.allowed_batch_sizes if size >= len(rows)), len(rows))
+    return predictor.predict(rows + rows[:1] * (size - len(rows)))
+
+
+def _fields(
+    rows: Sequence[BaseModel], leave_out: Collection[str] = ()
+) -> dict[str, FieldReference]:
     fields: dict[str, FieldReference] = {}
-    for name in type(rows[0]).model_fields if rows else ():
-        if len(fields) < MAX_FIELDS and (field := _field([getattr(row, name) for row in rows])):
+    for name in type(rows[0]).model_fields:
+        if name in leave_out or len(fields) == MAX_FIELDS:
+            continue
+        if field := _field([getattr(row, name) for row in rows]):
             fields[name] = field
     return fields
 
@@ -118,37 +163,35 @@ def _field(values: Sequence[Any]) -> FieldReference | None:
     present = [value for value in values if value is not None]
     if not present:
         return None
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+    if _are_classes(present):
+        edges, bins = None, [*sorted(set(map(_word, present))), OTHER, NONE]
+    elif all(isinstance(value, int | float) for value in present):
         edges = _edges(present)
-        bins = [*map(name_of, edges), LAST]
-        field = FieldReference(edges=edges, shares=dict.fromkeys(bins, 0.0))
-    elif all(isinstance(value, bool | str | Enum) for value in present):
-        bins = sorted(set(map(_word, present)))
-        if len(bins) > MAX_WORDS:
-            return None
-        field = FieldReference(shares=dict.fromkeys([*bins, OTHER], 0.0))
+        bins = [*map(name_of, edges), LAST, NONE]
     else:
         return None
-    counts = Counter(map(field.bin_of, values))
-    shares = {**field.shares, **_shares(counts, len(values))}
-    return field.model_copy(update={"shares": shares})
+    empty = FieldReference(edges=edges, shares=dict.fromkeys(bins, 0.0))
+    counts = Counter(map(empty.bin_of, values))
+    shares = {name: round(counts[name] / len(values), 6) for name in bins}
+    return FieldReference(edges=edges, shares=shares)
+
+
+def _are_classes(values: Sequence[Any]) -> bool:
+    """Whether each is one of a few that have nothing between them."""
+    if all(isinstance(value, bool | str | Enum) for value in values):
+        return len(set(map(_word, values))) <= MAX_WORDS
+    return all(type(value) is int for value in values) and len(set(values)) <= BINS
 
 
 def _edges(numbers: Sequence[float]) -> list[float]:
-    different = sorted(set(numbers))
-    # Of a few, such as classes, each has a bin; the largest one shares it with what is above.
-    few = different[:-1] or different
-    cuts = few if len(different) <= BINS else quantiles(numbers, n=BINS, method="inclusive")
+    different = set(numbers)
+    cuts = different if len(different) < BINS else quantiles(numbers, n=BINS, method="inclusive")
     return sorted({float(name_of(cut)) for cut in cuts})
-
-
-def _shares(counts: Mapping[str, int], rows: int) -> dict[str, float]:
-    return {name: round(count / rows, 6) for name, count in counts.items()}
 
 
 def name_of(edge: float) -> str:
     """The name of the bin that ends there."""
-    return f"{edge:.6g}"
+    return f"{edge:.12g}"
 
 
 def _word(value: Any) -> str:

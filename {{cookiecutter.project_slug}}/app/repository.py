@@ -30,7 +30,7 @@ from app.errors import (
 )
 from app.faults import failure
 from app.memory_store import MemoryStore
-from app.metrics import CacheMetrics, ModelMetrics, StoreMetrics
+from app.metrics import CacheMetrics, ModelMetrics, StoreMetrics, ValueMetrics
 from app.predictor import BaseFeatures, BasePredictor, ItemError, Provider
 from app.reference import REFERENCE, Reference
 from app.runner import INLINE_BELOW_S, Outcome, Runner, run
@@ -177,7 +177,7 @@ class ServedModel:
 
     def _make_value_counts(self, artifact: Artifact) -> ValueCounts | None:
         rows_per_s = self._settings.drift_rows_per_s
-        if not (rows_per_s and self.metrics and REFERENCE in artifact.manifest.files):
+        if not (rows_per_s and REFERENCE in artifact.manifest.files):
             return None
         path = artifact.directory / REFERENCE
         try:
@@ -186,7 +186,8 @@ class ServedModel:
             log.warning("%s: drift is not watched: %s: %s", self.name, path, type(error).__name__)
             return None
         known = reference.of(self.predictor_class.features, self.predictor_class.prediction)
-        return ValueCounts(known, self.metrics, rows_per_s)
+        metrics = ValueMetrics(self.name, artifact.version, artifact.digest)
+        return ValueCounts(known, metrics, rows_per_s)
 
     def _identity(self, artifact: Artifact) -> tuple[str, ...]:
         """What an answer depends on, beside the row."""

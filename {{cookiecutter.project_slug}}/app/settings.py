@@ -121,13 +121,12 @@ class Settings(BaseSettings):
     api_keys_sha256: Annotated[tuple[str, ...], NoDecode] = ()
     """SHA-256 hex digests of the accepted API keys, separated by commas; empty: no key needed."""
 
-    drift_rows_per_s: int = Field(default=100, ge=0, le=10_000)
+    drift_rows_per_s: int = Field(default=100, ge=0, le=1000)
     """Rows a second, of each model in each worker, whose values are looked at for drift; of more
     a random sample. 0: none."""
 
     otel_exporter_otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
-    """Where traces are sent, as OTLP over HTTP: `http://collector:4318`; empty: there are none. The
-    other OTEL_* variables of the OpenTelemetry SDK hold as well."""
+    """Where traces are sent, as OTLP over HTTP: `http://collector:4318`; empty: there are none."""
 
     status_page: bool = True
     """Whether / shows a browser the state of the service."""

@@ -5,10 +5,11 @@ from the times that are noted anyway. Nothing is done for a request that is not 
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextvars import Context, copy_context
 from threading import Thread
-from time import monotonic, perf_counter, time_ns
+from time import monotonic_ns, perf_counter, time_ns
 from typing import Any
 
 from opentelemetry import context as current
@@ -17,8 +18,6 @@ from opentelemetry.trace import Link, Span, SpanKind, StatusCode, set_span_in_co
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from app.settings import Settings
-
-log = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 """How long the end of the service may wait for the spans that are left to be sent."""
@@ -29,12 +28,20 @@ Headers = Mapping[bytes, bytes]
 W3C = TraceContextTextMapPropagator()
 
 
+TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
+"""W3C Trace Context, section 3.2."""
+
+MAX_TRACESTATE = 512
+"""Characters that have to be passed on (section 3.3.1.5); of more nothing is."""
+
+
 def trace_id_of(headers: Headers) -> str | None:
     """That of the caller's `traceparent`, if it is one."""
-    if b"traceparent" not in headers:
-        return None
-    parent = trace.get_current_span(_parent(headers)).get_span_context()
-    return trace.format_trace_id(parent.trace_id) if parent.is_valid else None
+    given = headers.get(b"traceparent")
+    found = TRACEPARENT.fullmatch(given) if given else None
+    return found[1].decode() if found else None
 
 
 def current_trace_id() -> str | None:
@@ -48,10 +55,12 @@ def _trace_id(span: Span) -> str:
 
 
 def _parent(headers: Headers) -> current.Context:
-    names = ("traceparent", "tracestate")
-    carrier = {
-        name: headers[name.encode()].decode("latin-1") for name in names if name.encode() in headers
-    }
+    if trace_id_of(headers) is None:
+        return current.Context()
+    carrier = {"traceparent": headers[b"traceparent"].decode()}
+    state = headers.get(b"tracestate", b"")
+    if len(state) <= MAX_TRACESTATE:
+        carrier["tracestate"] = state.decode("latin-1")
     return W3C.extract(carrier, context=current.Context())
 
 
@@ -62,6 +71,8 @@ class RequestSpan:
         self._tracer = tracer
         self._span = span
         self._context = set_span_in_context(span, current.Context())
+        # Taken once, as two readings of two clocks are never the same moment.
+        self._since_epoch_ns = time_ns() - monotonic_ns()
 
     @property
     def trace_id(self) -> str:
@@ -92,9 +103,9 @@ class RequestSpan:
             context=self._context,
             links=links,
             attributes=attributes,
-            start_time=_ns(monotonic() - begin),
+            start_time=self._since_epoch_ns + int(begin * 1e9),
         )
-        part.end(_ns(monotonic() - end))
+        part.end(self._since_epoch_ns + int(max(begin, end) * 1e9))
 
     def end(self, status: int, attributes: Attributes) -> None:
         """The request was answered with `status`."""
@@ -118,8 +129,10 @@ class BatchSpan:
 
         self.context.run(current.attach, set_span_in_context(span, current.Context()))
 
-    def end(self, rows: int) -> None:
+    def end(self, rows: int, *, has_failed: bool) -> None:
         self.span.set_attribute("inference.batch.rows", rows)
+        if has_failed:
+            self.span.set_status(StatusCode.ERROR)
         self.span.end()
 
 
@@ -135,6 +148,8 @@ class Tracing:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
+        # It would write what callers send into the log.
+        logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
         resource = Resource.create()
         if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
             resource = resource.merge(Resource({"service.name": service_name}))
@@ -149,12 +164,11 @@ class Tracing:
         Args:
             started: when its header was there, by `perf_counter`.
         """
-        context = _parent(headers) if b"traceparent" in headers else current.Context()
         span = self._tracer.start_span(
             method,
-            context=context,
+            context=_parent(headers),
             kind=SpanKind.SERVER,
-            start_time=_ns(perf_counter() - started),
+            start_time=time_ns() - int((perf_counter() - started) * 1e9),
         )
         return RequestSpan(self._tracer, span) if span.is_recording() else None
 
@@ -187,8 +201,3 @@ def tracing_for(settings: Settings) -> Tracing | None:
     """None: no traces are wanted."""
     endpoint = settings.otel_exporter_otlp_endpoint
     return Tracing(endpoint, settings.service_title) if endpoint else None
-
-
-def _ns(seconds_ago: float) -> int:
-    """The time then, in nanoseconds since 1970."""
-    return time_ns() - int(seconds_ago * 1e9)

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Collection, Coroutine, Mapping
 from random import getrandbits
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, Headers, JsonRoute
 from app.api.problems import problem_reply, problem_response
 from app.api.reply import JSON, Reply
-from app.api.spans import end_span
+from app.api.spans import MAX_PATH_CHARS, end_span
 from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
 from app.logs import AccessLog, current_request_id
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """What is taken over from a caller: nothing that could break a header or a log line."""
 
-MAX_LOGGED_PATH_CHARS = 200
 CLOSE = (b"connection", b"close")
 TRACE = b"traceresponse"
 """Trace Context HTTP Response Headers Format, W3C editor's draft."""
@@ -167,7 +166,7 @@ class RequestContext:
         path: str = scope["path"]
         fields: dict[str, Any] = {
             "method": scope["method"],
-            "path": path[:MAX_LOGGED_PATH_CHARS],
+            "path": path[:MAX_PATH_CHARS],
             "status": int(status),
             "duration_ms": _ms(seconds),
             "request_id": call.request_id,
@@ -182,7 +181,10 @@ class RequestContext:
             if (timings := call.timings) and (batch := timings.batch):
                 fields["batch_rows"] = batch.rows
                 fields["queue_wait_ms"] = _ms(batch.started - timings.queued)
-                fields["compute_ms"] = _ms(batch.seconds)
+                if batch.seconds is not None:
+                    fields["compute_ms"] = _ms(batch.seconds)
+            elif timings:
+                fields["queue_wait_ms"] = _ms(monotonic() - timings.queued)
         self.access_log.write(logging.DEBUG if path in self.quiet else logging.INFO, fields)
         end_span(call, scope, status, route)
 

@@ -7,6 +7,9 @@ from starlette.types import Scope
 
 from app.api.json_route import Call, JsonRoute
 
+MAX_PATH_CHARS = 200
+"""Of a path that somebody asked for, in a log or a trace."""
+
 
 def end_span(call: Call, scope: Scope, status: int, route: JsonRoute | None) -> None:
     """Tell the parts of a request that has been answered, if it is traced."""
@@ -15,7 +18,7 @@ def end_span(call: Call, scope: Scope, status: int, route: JsonRoute | None) -> 
         return
     attributes: dict[str, Any] = {
         "http.request.method": scope["method"],
-        "url.path": scope["path"],
+        "url.path": scope["path"][:MAX_PATH_CHARS],
         "url.scheme": scope["scheme"],
         "request.id": call.request_id,
     }
@@ -33,12 +36,14 @@ def _tell_parts(call: Call) -> None:
     span, timings = call.span, call.timings
     if span is None or call.parsed is None:
         return
-    begun, parsed = call.parsed
+    (begun, parsed), now = call.parsed, monotonic()
     span.part("validation", begun, parsed)
     if call.cache:
-        asked_model = timings.queued if timings else monotonic()
-        span.part("cache", parsed, asked_model, status=call.cache)
-    if timings and (batch := timings.batch):
-        span.part("queue", timings.queued, batch.started)
-        end = batch.started + batch.seconds
-        span.part("compute", batch.started, end, batch.trace, rows=batch.rows)
+        span.part("cache", parsed, timings.queued if timings else now, status=call.cache)
+    if timings:
+        batch = timings.batch
+        # Who was not answered in time waits until now, or is being computed still.
+        span.part("queue", timings.queued, batch.started if batch else now)
+        if batch:
+            end = now if batch.seconds is None else batch.started + batch.seconds
+            span.part("compute", batch.started, end, batch.trace, rows=batch.rows)

@@ -37,6 +37,8 @@ async function refreshState() {
   show(byName("fault"), status.detail ?? "");
   for (const section of sections) {
     const model = status.models[section.dataset.model];
+    // Behind a load balancer it may be a replica that does not have it yet.
+    if (!model) continue;
     showState(part(section, "state"), model.state);
     show(part(section, "version"), model.version ?? UNKNOWN);
     show(part(section, "provider"), model.provider ?? UNKNOWN);

@@ -14,6 +14,7 @@ import httpx2 as httpx
 import pytest
 
 from app import logs
+from app.errors import PredictionFailed
 from app.settings import Settings
 from tests.service.server import FAKES, PROJECT, WAIT_S, Service, Start, free_port
 
@@ -70,46 +71,62 @@ class TestRequests:
         assert line_of(service, "models").keys() == ALWAYS
 
 
-def record(
-    line: int, created: float, error: Exception | None, level: int = logging.ERROR
-) -> logging.LogRecord:
+def record(line: int, error: Exception | None, level: int = logging.ERROR) -> logging.LogRecord:
     exc_info = (type(error), error, None) if error else None
     # What a predictor logs may be anything.
-    made = logging.LogRecord("app", level, "file", line, {}, None, exc_info)
-    made.created = created
+    return logging.LogRecord("app", level, "file", line, {}, None, exc_info)
+
+
+def failed(cause: Exception, model: str) -> logging.LogRecord:
+    """As app.inference tells of any failure of any model."""
+    error = PredictionFailed("The model raised.")
+    error.__cause__ = cause
+    made = record(1, error)
+    made.model = model
     return made
 
 
 class TestStorms:
     def test_tracebacks_of_a_kind_are_few_and_the_others_are_counted(self) -> None:
-        storm = logs.StormFilter()
-        let_through = [storm.filter(record(1, 0, ValueError())) for _ in range(25)]
+        now = 0.0
+        storm = logs.StormFilter(clock=lambda: now)
+        let_through = [storm.filter(record(1, ValueError())) for _ in range(25)]
         assert let_through == [True] * logs.STORM_LINES + [False] * (25 - logs.STORM_LINES)
-        later = record(1, logs.STORM_S, ValueError())
+        now = logs.STORM_S
+        later = record(1, ValueError())
         assert storm.filter(later)
         assert later.__dict__["left_out"] == 25 - logs.STORM_LINES
-        after_that = record(1, 2 * logs.STORM_S, ValueError())
+        now = 2 * logs.STORM_S
+        after_that = record(1, ValueError())
         assert storm.filter(after_that)
         assert "left_out" not in after_that.__dict__
 
     def test_warnings_are_held_back_like_tracebacks(self) -> None:
         storm = logs.StormFilter()
-        let_through = [storm.filter(record(1, 0, None, logging.WARNING)) for _ in range(25)]
+        let_through = [storm.filter(record(1, None, logging.WARNING)) for _ in range(25)]
         assert sum(let_through) == logs.STORM_LINES
+
+    def test_another_fault_of_a_model_and_another_model_are_not_held_back(self) -> None:
+        storm = logs.StormFilter()
+        for _ in range(2 * logs.STORM_LINES):
+            storm.filter(failed(ValueError(), "a"))
+        assert not storm.filter(failed(ValueError(), "a"))
+        assert storm.filter(failed(KeyError(), "a"))
+        assert storm.filter(failed(ValueError(), "b"))
 
     def test_another_kind_and_lines_of_no_concern_are_not_held_back(self) -> None:
         storm = logs.StormFilter()
         for _ in range(2 * logs.STORM_LINES):
-            storm.filter(record(1, 0, ValueError()))
-            assert storm.filter(record(1, 0, None, logging.INFO))
-        assert storm.filter(record(1, 0, None))
-        assert storm.filter(record(1, 0, OSError()))
-        assert storm.filter(record(2, 0, ValueError()))
+            storm.filter(record(1, ValueError()))
+            assert storm.filter(record(1, None, logging.INFO))
+        assert storm.filter(record(1, None))
+        assert storm.filter(record(1, OSError()))
+        assert storm.filter(record(2, ValueError()))
 
     def test_what_it_remembers_is_bounded(self) -> None:
         storm = logs.StormFilter()
         for number in range(10 * logs.STORM_KINDS):
-            storm.filter(record(number, 0, ValueError()))
+            storm.filter(record(number, ValueError()))
         assert sys.getsizeof(storm.__dict__["_seen"]) < 100_000
 
     def test_a_service_whose_model_always_fails_says_why_ten_times(self, start: Start) -> None:

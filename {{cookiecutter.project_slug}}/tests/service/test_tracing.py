@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -164,6 +165,39 @@ def test_a_batch_is_linked_to_the_requests_in_it(traced: Service, receiver: Rece
         assert compute.parent_span_id in {link.span_id for link in batch.links}
 
 
+def seconds(span: Span) -> float:
+    return (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+
+
+def test_who_is_not_answered_in_time_sees_where_the_time_went(
+    start: Start, receiver: Receiver, pipe: Path
+) -> None:
+    """One is computed for longer than it may be, and one waits for it."""
+    service = start(
+        DEFAULT_MODEL="gate", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, OTEL_BSP_SCHEDULE_DELAY=50
+    ).wait_for("/ready")
+    limit = {"X-Request-Timeout-Ms": "300"}
+
+    def ask(path: str) -> httpx.Response:
+        body = {"features": {"pipe": path}}
+        return service.client.post("/v1/predict", json=body, headers=limit)
+
+    with ThreadPoolExecutor(1) as other:
+        computed = other.submit(ask, str(pipe))
+        # Open when the model reads from it.
+        with pipe.open("w"):
+            waiting = ask("/dev/null")
+            assert (computed.result().status_code, waiting.status_code) == (504, 504)
+    service.wait_until(lambda: len(receiver.named("POST /v1/predict")) == 2)
+    [compute] = receiver.named("compute")
+    assert seconds(compute) > 0.2
+    assert attributes(compute)["rows"] == 1
+    assert max(map(seconds, receiver.named("queue"))) > 0.2
+    line = line_of(service, waiting.headers["x-request-id"])
+    assert line["queue_wait_ms"] > 200
+    assert "batch_rows" not in line
+
+
 @pytest.mark.parametrize("runs_inline", [True, False])
 def test_what_a_model_asks_in_turn_belongs_to_the_batch(
     start: Start, receiver: Receiver, tmp_path: Path, runs_inline: bool
@@ -197,6 +231,8 @@ def test_other_answers_are_traced_too(traced: Service, receiver: Receiver) -> No
     assert statuses == [200, 404, 422, 500]
     failed = [span.status.code == Status.STATUS_CODE_ERROR for span in found]
     assert failed == [False, False, False, True]
+    [batch] = receiver.named("batch")
+    assert batch.status.code == Status.STATUS_CODE_ERROR
     [line] = traced.log_lines("prediction failed")
     assert line["trace_id"] == found[-1].trace_id.hex()
     assert not [span for span in receiver.spans if "ready" in str(attributes(span))]
@@ -209,6 +245,17 @@ def test_what_the_caller_does_not_trace_is_not_traced(traced: Service, receiver:
     traced.client.get("/v1/models")
     traced.wait_until(lambda: receiver.named("GET /v1/models"))
     assert not receiver.named("POST /v1/predict")
+
+
+def test_nothing_that_a_caller_sends_is_too_long_or_logged(
+    traced: Service, receiver: Receiver
+) -> None:
+    traced.client.get("/" + "a" * 5000)
+    headers = {**SAMPLED, "tracestate": "swordfish@@=" + "s" * 100}
+    traced.client.post("/v1/predict", json={"features": {"x": 1}}, headers=headers)
+    traced.wait_until(lambda: receiver.named("POST /v1/predict") and receiver.named("GET"))
+    assert attributes(receiver.named("GET")[0])["url.path"] == "/" + "a" * 199
+    assert "swordfish" not in traced.log
 
 
 def test_one_in_so_many_is_traced(start: Start, receiver: Receiver) -> None:
