@@ -36,7 +36,7 @@ from benchmarks.report import table
 from benchmarks.sections import MANY, OURS, exchanges_of
 from benchmarks.servers.template.contestant import SLUG
 from benchmarks.serving import Server, free_port, shared_cores, split_cores
-from benchmarks.workloads import make_models, make_workload
+from benchmarks.workloads import make_fresh, make_models, make_workload
 
 ROUNDS = 8
 SECONDS = 2.0
@@ -44,6 +44,7 @@ SCRAPES = 100
 SCRAPE_EVERY_S = 0.1
 LINES = 50_000
 CALLERS = 32
+SAMPLE_ROWS = 1000
 MOST_COST = 0.12
 MOST_SCRAPE_MS = 50
 FOLDER = BUILD / "observability"
@@ -59,7 +60,8 @@ Counter.inc = Gauge.set = Gauge.inc = Gauge.dec = Histogram.observe = nothing
 """As sitecustomize.py, which Python imports first: a service cannot be told to count nothing."""
 
 NOTHING = "nothing"
-ALL = "all, with one trace in 100"
+ALL = "all, with one trace in 1,000"
+EVERY_TRACE = "all, with every trace"
 QUIET = {"LOG_LEVEL": "error", "DRIFT_ROWS_PER_S": "0"}
 LOG = {"LOG_LEVEL": "info", "LOG_FORMAT": "json"}
 
@@ -126,14 +128,15 @@ def variants(traces_url: str) -> dict[str, dict[str, str]]:
     drift = {"DRIFT_ROWS_PER_S": "100"}
     traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": traces_url}
     sampler = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio"}
-    one_in_100 = traces | sampler | {"OTEL_TRACES_SAMPLER_ARG": "0.01"}
+    some = QUIET | LOG | drift | traces | sampler
     return {
         NOTHING: QUIET | silent,
         "metrics": QUIET,
         "metrics, log": QUIET | LOG,
         "metrics, log, drift": QUIET | LOG | drift,
-        ALL: QUIET | LOG | drift | one_in_100,
-        "all, with every trace": QUIET | LOG | drift | traces,
+        ALL: some | {"OTEL_TRACES_SAMPLER_ARG": "0.001"},
+        "all, with one trace in 100": some | {"OTEL_TRACES_SAMPLER_ARG": "0.01"},
+        EVERY_TRACE: QUIET | LOG | drift | traces,
     }
 
 
@@ -144,9 +147,9 @@ def start(place: Place, port: int, environment: dict[str, str], cpus: list[int])
     return Server(Command(own.arguments, own.folder, settings), "/ready", port, log, cpus)
 
 
-def publish_with_sample(place: Place, exchanges: list[Exchange]) -> None:
+def publish_with_sample(place: Place) -> None:
     """W1, with a reference of all of its fields."""
-    rows = [json.loads(one.request.partition(b"\r\n\r\n")[2])["features"] for one in exchanges]
+    rows = make_fresh("w1", MODELS, SAMPLE_ROWS).bodies
     (FOLDER / "sample.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = contestants()[OURS].start(place, "w1", 1)
     model = str(place.models / "w1" / "model.onnx")
@@ -409,7 +412,7 @@ def as_markdown(found: dict[str, Cost], traces: int, scraped: Scrapes, written: 
         "Drift is of eight features and the prediction, the log is a file, each variant is "
         f"scraped in its turn. The target: at most {MOST_COST:.0%} of the throughput for all.\n"
     )
-    traced = found["all, with every trace"].answers
+    traced = found[EVERY_TRACE].answers
     traces_text = (
         f"Of {traced:,} requests all of which are traced, and of some others, {traces:,} traces "
         "arrived; what is more than the SDK can send, it drops.\n"
@@ -456,7 +459,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     exchanges = exchanges_of(contestants()[OURS], make_workload("w1", MODELS))
-    publish_with_sample(place, exchanges)
+    publish_with_sample(place)
     taken: SimpleQueue[bytes] = SimpleQueue()
     found = costs(place, exchanges, arguments.rounds, taken)
     traces = traces_in(taken)

@@ -182,6 +182,8 @@ class AccessLog:
         self._writes_json = _writes_json(settings)
         self._logger = logging.getLogger(self.name)
         self._lines: list[bytes] = []
+        self._ends: dict[int, bytes] = {}
+        """Of the lines of this turn of the event loop, by level: they have the same time."""
 
     def write(self, level: int, fields: dict[str, Any]) -> None:
         if level < self._level:
@@ -191,25 +193,32 @@ class AccessLog:
             return
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._flush)
-        fields |= {
+        end = self._ends.get(level)
+        if end is None:
+            end = self._ends[level] = self._end(level)
+        self._lines.append(to_json(fields)[:-1] + end)
+
+    def _end(self, level: int) -> bytes:
+        fields = {
             "event": "request",
             "level": logging.getLevelName(level).lower(),
             "logger": self.name,
             "timestamp": datetime.now(UTC),
         }
-        self._lines.append(to_json(fields))
+        return b"," + to_json(fields)[1:] + b"\n"
 
     def _flush(self) -> None:
         lines, self._lines = self._lines, []
+        self._ends.clear()
         piece = b""
         for line in lines:
-            if len(piece) + len(line) >= LINE_BYTES:
+            if len(piece) + len(line) > LINE_BYTES:
                 _write(piece)
                 piece = b""
-            piece += line + b"\n"
+            piece += line
         _write(piece)
 
 
 def _write(lines: bytes) -> None:
-    sys.stderr.write(lines.decode())
-    sys.stderr.flush()
+    sys.stderr.buffer.write(lines)
+    sys.stderr.buffer.flush()
