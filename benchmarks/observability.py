@@ -38,8 +38,8 @@ from benchmarks.servers.template.contestant import SLUG
 from benchmarks.serving import Server, free_port, shared_cores, split_cores
 from benchmarks.workloads import make_fresh, make_models, make_workload
 
-ROUNDS = 8
-SECONDS = 2.0
+ROUNDS = 16
+SECONDS = 1.0
 SCRAPES = 100
 SCRAPE_EVERY_S = 0.1
 LINES = 50_000

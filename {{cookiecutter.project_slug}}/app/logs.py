@@ -1,6 +1,5 @@
 """One form for every log line, gunicorn's and uvicorn's included: JSON, or for a terminal."""
 
-import asyncio
 import logging
 import sys
 from collections.abc import Callable
@@ -171,8 +170,7 @@ class AccessLog:
     """A line for each request.
 
     As JSON it is written past `logging`, which would take as long as all that is done to answer
-    a request for a small model (docs/performance.md of the template), and once in a turn of the
-    event loop for all requests that ended in it.
+    a request for a small model (docs/performance.md of the template).
     """
 
     name = "app.access"
@@ -183,16 +181,16 @@ class AccessLog:
         self._logger = logging.getLogger(self.name)
         self._lines: list[bytes] = []
         self._ends: dict[int, bytes] = {}
-        """Of the lines of this turn of the event loop, by level: they have the same time."""
+        """Of the lines until the next `flush`, by level: they have the same time."""
+
+    def takes(self, level: int) -> bool:
+        return level >= self._level
 
     def write(self, level: int, fields: dict[str, Any]) -> None:
-        if level < self._level:
-            return
+        """A line, which may not be written before `flush`."""
         if not self._writes_json:
             self._logger.log(level, "request", extra=fields)
             return
-        if not self._lines:
-            asyncio.get_running_loop().call_soon(self._flush)
         end = self._ends.get(level)
         if end is None:
             end = self._ends[level] = self._end(level)
@@ -207,7 +205,7 @@ class AccessLog:
         }
         return b"," + to_json(fields)[1:] + b"\n"
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         lines, self._lines = self._lines, []
         self._ends.clear()
         piece = b""
@@ -216,7 +214,8 @@ class AccessLog:
                 _write(piece)
                 piece = b""
             piece += line
-        _write(piece)
+        if piece:
+            _write(piece)
 
 
 def _write(lines: bytes) -> None:

@@ -7,8 +7,9 @@ from fastapi import FastAPI
 
 from app.api.instrumentation import METRICS, instrument
 from app.api.keys import ApiKeys, RequireApiKey
-from app.api.middleware import Observers, RequestContext
+from app.api.middleware import RequestContext
 from app.api.models import add_model_routes
+from app.api.observers import Observers
 from app.api.openapi import document
 from app.api.platforms import add_platform_routes
 from app.api.predict import PredictionRoutes, add_predict_routes

@@ -113,8 +113,8 @@ class RequestSpan:
         )
         part.end(self._since_epoch_ns + int(max(begin, end) * 1e9))
 
-    def end(self, status: int, attributes: Attributes) -> None:
-        """The request was answered with `status`."""
+    def end(self, status: int, attributes: Attributes, ended: float) -> None:
+        """The request was answered with `status`, at a time by `monotonic`."""
         self._span.set_attribute("http.response.status_code", status)
         self._span.set_attributes(attributes)
         if route := attributes.get("http.route"):
@@ -122,7 +122,7 @@ class RequestSpan:
         if status >= 500:
             self._span.set_attribute("error.type", str(status))
             self._span.set_status(StatusCode.ERROR)
-        self._span.end()
+        self._span.end(self._since_epoch_ns + int(ended * 1e9))
 
 
 class BatchSpan:

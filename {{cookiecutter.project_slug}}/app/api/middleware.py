@@ -2,22 +2,21 @@
 
 import logging
 import re
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from random import getrandbits
-from time import monotonic, perf_counter
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, Headers, JsonRoute
+from app.api.observers import Observers
 from app.api.problems import problem_reply, problem_response
 from app.api.reply import JSON, Reply
-from app.api.spans import MAX_PATH_CHARS, end_span
 from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
-from app.logs import AccessLog, current_request_id
+from app.logs import current_request_id
 from app.protocol import Exchange
-from app.tracing import Tracing, trace_id_of
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +37,6 @@ def request_id_of(headers: Headers) -> str:
     return f"{getrandbits(128):032x}"
 
 
-def _ms(seconds: float) -> float:
-    """With three digits. To round takes three times as long."""
-    return int(seconds * 1e6) / 1000
-
-
 def _enter(call: Call) -> None:
     """What this task does from now on, it does for `call`."""
     # Each request is a task, so nothing else sees this.
@@ -53,15 +47,6 @@ def _enter(call: Call) -> None:
 
 def unforeseen() -> ServiceError:
     return ServiceError("An unexpected error; the log has it by the request id.")
-
-
-class Observers(NamedTuple):
-    """Who is told of requests."""
-
-    access_log: AccessLog
-    tracing: Tracing | None
-    quiet: Collection[str]
-    """Paths of which there are no traces, and lines in the log only if it is to have all."""
 
 
 class RequestContext:
@@ -80,7 +65,7 @@ class RequestContext:
         self.app = app
         self.routes = routes
         self.lifecycle = lifecycle
-        self.access_log, self.tracing, self.quiet = observers
+        self.observers = observers
 
     def begin(self, exchange: Exchange, *, may_refuse: bool) -> Coroutine[Any, Any, None] | None:
         """What is left to do for a request to one of `routes`, or None: see `__call__`.
@@ -101,15 +86,14 @@ class RequestContext:
             except ServiceError as error:
                 # None of these closes the connection.
                 self._respond(call, problem_reply(error, call.request_id))
-                self._note(scope, error.status, call, route)
+                self.observers.end(call, scope, error.status, route)
                 return None
         return self._answer(route, call, scope, receive, send)
 
     def _call(self, scope: Scope, exchange: Exchange | None = None) -> Call:
         headers = dict(scope["headers"])
         call = Call(request_id_of(headers), perf_counter(), headers, exchange)
-        if self.tracing and scope["path"] not in self.quiet:
-            call.span = self.tracing.begin(headers, scope["method"], call.started)
+        self.observers.begin(call, scope)
         return call
 
     def _route(self, scope: Scope) -> JsonRoute | None:
@@ -143,7 +127,7 @@ class RequestContext:
             log.exception("unhandled error")
             if not status:
                 await problem_response(unforeseen(), call.request_id)(scope, receive, send_and_note)
-        self._note(scope, status, call)
+        self.observers.end(call, scope, status)
 
     def _in_context(self, call: Call, send: Send) -> Send:
         """`send`, with the headers that every answer has."""
@@ -160,34 +144,6 @@ class RequestContext:
 
         return send_in_context
 
-    def _note(self, scope: Scope, status: int, call: Call, route: JsonRoute | None = None) -> None:
-        """Count and log a request that has been answered."""
-        seconds = perf_counter() - call.started
-        path: str = scope["path"]
-        fields: dict[str, Any] = {
-            "method": scope["method"],
-            "path": path[:MAX_PATH_CHARS],
-            "status": int(status),
-            "duration_ms": _ms(seconds),
-            "request_id": call.request_id,
-        }
-        if trace_id := call.span.trace_id if call.span else trace_id_of(call.headers):
-            fields["trace_id"] = trace_id
-        if route:
-            route.metrics.ended(status, seconds)
-            fields["model"], fields["model_version"] = route.model.name, route.model.version
-            if call.cache:
-                fields["cache"] = call.cache
-            if (timings := call.timings) and (batch := timings.batch):
-                fields["batch_rows"] = batch.rows
-                fields["queue_wait_ms"] = _ms(batch.started - timings.queued)
-                if batch.seconds is not None:
-                    fields["compute_ms"] = _ms(batch.seconds)
-            elif timings:
-                fields["queue_wait_ms"] = _ms(monotonic() - timings.queued)
-        self.access_log.write(logging.DEBUG if path in self.quiet else logging.INFO, fields)
-        end_span(call, scope, status, route)
-
     async def _answer(
         self, route: JsonRoute, call: Call, scope: Scope, receive: Receive, send: Send
     ) -> None:
@@ -197,13 +153,13 @@ class RequestContext:
             content = await route.answer(call, receive)
             reply = Reply(200, JSON, content, call.reply_headers)
         except ClientLeft:
-            self._note(scope, CLIENT_LEFT, call, route)
+            self.observers.end(call, scope, CLIENT_LEFT, route)
             return
         except BodyTooLarge as error:
             # It reads on for a while before it closes.
             response = problem_response(error, call.request_id)
             await response(scope, receive, self._in_context(call, send))
-            self._note(scope, error.status, call, route)
+            self.observers.end(call, scope, error.status, route)
             return
         except ServiceError as error:
             reply = problem_reply(error, call.request_id)
@@ -213,7 +169,7 @@ class RequestContext:
         may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
             await reply.send(self._in_context(call, send))
-        self._note(scope, reply.status, call, route)
+        self.observers.end(call, scope, reply.status, route)
 
     def _respond(self, call: Call, reply: Reply) -> bool:
         """Whether the reply could be sent past ASGI, and was."""

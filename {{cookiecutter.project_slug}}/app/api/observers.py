@@ -1,0 +1,147 @@
+"""Who is told of requests that have been answered: metrics, the log, and traces."""
+
+import asyncio
+import logging
+from collections.abc import Collection
+from contextvars import Context
+from time import monotonic, perf_counter
+from typing import Any, NamedTuple
+
+from starlette.types import Scope
+
+from app.api.json_route import Call, JsonRoute
+from app.logs import AccessLog
+from app.tracing import Tracing, trace_id_of
+
+log = logging.getLogger(__name__)
+
+MAX_PATH_CHARS = 200
+"""Of a path that somebody asked for, in the log or a trace."""
+
+
+class Ended(NamedTuple):
+    """A request that has been answered."""
+
+    call: Call
+    scope: Scope
+    status: int
+    route: JsonRoute | None
+    """None: FastAPI has answered it."""
+
+    seconds: float
+    ended: float
+    """By `monotonic`."""
+
+
+class Observers:
+    """Tells of the requests that end in a turn of the event loop when all of them have their answers.
+
+    Of paths that are `quiet` there are no traces, and lines in the log only if it is to have all.
+    """
+
+    def __init__(
+        self, access_log: AccessLog, tracing: Tracing | None, quiet: Collection[str]
+    ) -> None:
+        self._access_log = access_log
+        self._tracing = tracing
+        self._quiet = quiet
+        self._ended: list[Ended] = []
+
+    def begin(self, call: Call, scope: Scope) -> None:
+        """A request has come."""
+        if self._tracing and scope["path"] not in self._quiet:
+            call.span = self._tracing.begin(call.headers, scope["method"], call.started)
+
+    def end(self, call: Call, scope: Scope, status: int, route: JsonRoute | None = None) -> None:
+        """It has been answered with `status`, or is not to be answered any more."""
+        if not self._ended:
+            # Not in the context of the one that happens to be the first.
+            asyncio.get_running_loop().call_soon(self._tell, context=Context())
+        seconds = perf_counter() - call.started
+        self._ended.append(Ended(call, scope, status, route, seconds, monotonic()))
+
+    def _tell(self) -> None:
+        all_ended, self._ended = self._ended, []
+        for ended in all_ended:
+            try:
+                self._tell_of(ended)
+            except Exception:
+                log.exception("telling of a request failed")
+        self._access_log.flush()
+
+    def _tell_of(self, ended: Ended) -> None:
+        if ended.route:
+            ended.route.metrics.ended(ended.status, ended.seconds)
+        level = logging.DEBUG if ended.scope["path"] in self._quiet else logging.INFO
+        if self._access_log.takes(level):
+            self._access_log.write(level, _fields(ended))
+        if ended.call.span:
+            _end_span(ended)
+
+
+def _ms(seconds: float) -> float:
+    """With three digits. To round takes three times as long."""
+    return int(seconds * 1e6) / 1000
+
+
+def _fields(ended: Ended) -> dict[str, Any]:
+    """Of its line in the log."""
+    call, route = ended.call, ended.route
+    fields: dict[str, Any] = {
+        "method": ended.scope["method"],
+        "path": ended.scope["path"][:MAX_PATH_CHARS],
+        "status": int(ended.status),
+        "duration_ms": _ms(ended.seconds),
+        "request_id": call.request_id,
+    }
+    if trace_id := call.span.trace_id if call.span else trace_id_of(call.headers):
+        fields["trace_id"] = trace_id
+    if route:
+        fields["model"], fields["model_version"] = route.model.name, route.model.version
+    if call.cache:
+        fields["cache"] = call.cache
+    if timings := call.timings:
+        batch = timings.batch
+        # Who was not answered in time waits still, or is being computed.
+        fields["queue_wait_ms"] = _ms((batch.started if batch else ended.ended) - timings.queued)
+        if batch:
+            fields["batch_rows"] = batch.rows
+            if batch.seconds is not None:
+                fields["compute_ms"] = _ms(batch.seconds)
+    return fields
+
+
+def _end_span(ended: Ended) -> None:
+    call, route, scope = ended.call, ended.route, ended.scope
+    attributes: dict[str, Any] = {
+        "http.request.method": scope["method"],
+        "url.path": scope["path"][:MAX_PATH_CHARS],
+        "url.scheme": scope["scheme"],
+        "request.id": call.request_id,
+    }
+    if path := route.path if route else getattr(scope.get("route"), "path", None):
+        attributes["http.route"] = path
+    if route:
+        attributes["model.name"] = route.model.name
+        attributes["model.version"] = route.model.version or ""
+        _tell_parts(ended)
+    if call.span:
+        call.span.end(ended.status, attributes, ended.ended)
+
+
+def _tell_parts(ended: Ended) -> None:
+    call, timings = ended.call, ended.call.timings
+    span = call.span
+    if span is None or call.parsed is None:
+        return
+    begun, parsed = call.parsed
+    span.part("validation", begun, parsed)
+    if call.cache:
+        asked_model = timings.queued if timings else ended.ended
+        span.part("cache", parsed, asked_model, status=call.cache)
+    if timings:
+        batch = timings.batch
+        span.part("queue", timings.queued, batch.started if batch else ended.ended)
+        if batch:
+            end = ended.ended if batch.seconds is None else batch.started + batch.seconds
+            span.part("compute", batch.started, end, batch.trace, rows=batch.rows)
