@@ -34,7 +34,7 @@ class Ended(NamedTuple):
 
 
 class Observers:
-    """Tells of the requests that end in a turn of the event loop when all of them have their answers.
+    """Tells of the requests that end in a turn of the event loop once all have their answers.
 
     Of paths that are `quiet` there are no traces, and lines in the log only if it is to have all.
     """
