@@ -175,6 +175,8 @@ def test_the_service_imports_all_that_is_installed(containers: Containers, image
     }
     with serving(containers, image, **environment) as service:
         ask(service.port)
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/"):
+            pass
         log = service.container.log
     imported = set(re.findall(r"^import time:[\d |]+ (\w+)", log, re.MULTILINE))
     unused = {name for name, of_it in modules.items() if not of_it & imported}

@@ -11,16 +11,20 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
 
 from app.api.form import FormField, form_fields
 from app.api.predict import PredictionRoutes
 from app.api.probes import status_of
 from app.lifecycle import Lifecycle, Phase
 from app.repository import ServedModel
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FOLDER = Path(__file__).parent
 
@@ -38,14 +42,6 @@ class ModelForm:
 def add_status_page(app: FastAPI, routes: PredictionRoutes, lifecycle: Lifecycle) -> None:
     """Serve the page, unless / is taken: a platform may have its paths anywhere."""
     style, script = _read("status.css"), _read("status.js")
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("status.html")
     fixed = {
         "title": app.title,
         "description": app.description,
@@ -74,8 +70,24 @@ def add_status_page(app: FastAPI, routes: PredictionRoutes, lifecycle: Lifecycle
         status = status_of(lifecycle, await lifecycle.readiness_fault())
         is_unready = status.detail and status.status is Phase.READY
         state = "not ready" if is_unready else status.status
+        template = await run_in_threadpool(_template)
         html = template.render(fixed, forms=forms(), status=status, state=state)
         return HTMLResponse(html, headers=headers)
+
+
+@cache
+def _template() -> "Template":
+    # Three hundredths of a second, which no start is to wait for.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: PLC0415
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("status.html")
 
 
 def _read(name: str) -> str:
