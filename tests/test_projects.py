@@ -151,6 +151,7 @@ FILES = [
     "tests/service/test_api.py",
     "tests/service/test_loadtest.py",
     "tests/service/test_logs.py",
+    "tests/service/test_observers.py",
     "tests/service/test_platforms.py",
     "tests/service/test_arrays.py",
     "tests/service/test_artifacts.py",

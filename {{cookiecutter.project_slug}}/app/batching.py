@@ -439,10 +439,10 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def _start(self, parts: _Parts[RowT, OutcomeT], now: float) -> None:
         timings = BatchTimings(now, sum(len(part.rows) for part in parts))
-        for request, first, _ in parts:
-            if not first:
-                request.timings.batch = timings
-                self._metrics.queue_wait.observe(now - request.timings.queued)
+        begun = [part.request.timings for part in parts if not part.first]
+        for request in begun:
+            request.batch = timings
+        self._metrics.queue_wait.observe_all([now - request.queued for request in begun])
         if self.tracer:
             timings.trace = self.tracer.batch([part.request.timings.request for part in parts])
         self._note_turnaround(now)

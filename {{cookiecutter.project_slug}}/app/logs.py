@@ -177,7 +177,7 @@ class AccessLog:
 
     def __init__(self, settings: Settings) -> None:
         self._level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-        self._writes_json = _writes_json(settings)
+        self.writes_json = _writes_json(settings)
         self._logger = logging.getLogger(self.name)
         self._lines: list[bytes] = []
         self._ends: dict[int, bytes] = {}
@@ -188,13 +188,17 @@ class AccessLog:
 
     def write(self, level: int, fields: dict[str, Any]) -> None:
         """A line, which may not be written before `flush`."""
-        if not self._writes_json:
+        if self.writes_json:
+            self.write_json(level, to_json(fields)[:-1])
+        else:
             self._logger.log(level, "request", extra=fields)
-            return
+
+    def write_json(self, level: int, fields: bytes) -> None:
+        """The same of `fields` as a JSON object without its last brace."""
         end = self._ends.get(level)
         if end is None:
             end = self._ends[level] = self._end(level)
-        self._lines.append(to_json(fields)[:-1] + end)
+        self._lines.append(fields + end)
 
     def _end(self, level: int) -> bytes:
         fields = {

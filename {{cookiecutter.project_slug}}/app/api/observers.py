@@ -7,6 +7,7 @@ from contextvars import Context
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
 from starlette.types import Scope
 
 from app.api.json_route import Call, JsonRoute
@@ -46,6 +47,7 @@ class Observers:
         self._tracing = tracing
         self._quiet = quiet
         self._ended: list[Ended] = []
+        self._heads: dict[JsonRoute, bytes] = {}
 
     def begin(self, call: Call, scope: Scope) -> None:
         """A request has come."""
@@ -62,21 +64,68 @@ class Observers:
 
     def _tell(self) -> None:
         all_ended, self._ended = self._ended, []
+        by_route: dict[JsonRoute, list[Ended]] = {}
         for ended in all_ended:
+            if ended.route:
+                by_route.setdefault(ended.route, []).append(ended)
             try:
                 self._tell_of(ended)
             except Exception:
                 log.exception("telling of a request failed")
         self._access_log.flush()
+        for route, those in by_route.items():
+            statuses = [ended.status for ended in those]
+            route.metrics.ended(statuses, [ended.seconds for ended in those])
 
     def _tell_of(self, ended: Ended) -> None:
-        if ended.route:
-            ended.route.metrics.ended(ended.status, ended.seconds)
         level = logging.DEBUG if ended.scope["path"] in self._quiet else logging.INFO
         if self._access_log.takes(level):
-            self._access_log.write(level, _fields(ended))
+            if ended.route and self._access_log.writes_json:
+                self._access_log.write_json(level, self._json(ended, ended.route))
+            else:
+                self._access_log.write(level, _fields(ended))
         if ended.call.span:
             _end_span(ended)
+
+    def _json(self, ended: Ended, route: JsonRoute) -> bytes:
+        """What `_fields` gives, without its last brace, in a quarter of the time."""
+        call = ended.call
+        head = self._heads.get(route)
+        if head is None:
+            head = to_json(_of_route(route))[:-1]
+            # It has a version from when it is loaded.
+            if route.model.version:
+                self._heads[route] = head
+        # What is sane as a request id needs no escapes.
+        text = b'%b,"status":%d,"duration_ms":%.3f,"request_id":"%b"' % (
+            head,
+            ended.status,
+            ended.seconds * 1000,
+            call.request_id.encode(),
+        )
+        if trace_id := call.span.trace_id if call.span else trace_id_of(call.headers):
+            text += b',"trace_id":"%b"' % trace_id.encode()
+        if call.cache:
+            text += b',"cache":"%b"' % call.cache.encode()
+        if timings := call.timings:
+            batch = timings.batch
+            begun = batch.started if batch else ended.ended
+            text += b',"queue_wait_ms":%.3f' % (1000 * (begun - timings.queued))
+            if batch:
+                text += b',"batch_rows":%d' % batch.rows
+                if batch.seconds is not None:
+                    text += b',"compute_ms":%.3f' % (1000 * batch.seconds)
+        return text
+
+
+def _of_route(route: JsonRoute) -> dict[str, Any]:
+    model = route.model
+    return {
+        "method": "POST",
+        "path": route.path,
+        "model": model.name,
+        "model_version": model.version,
+    }
 
 
 def _ms(seconds: float) -> float:

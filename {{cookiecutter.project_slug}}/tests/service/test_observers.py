@@ -1,0 +1,85 @@
+"""What is told of requests, quickly, is what would be told of them slowly."""
+
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry, Histogram
+
+from app.api.json_route import Call, JsonRoute
+from app.api.observers import Ended, Observers, _fields
+from app.batching import BatchTimings, Timings
+from app.logs import AccessLog
+from app.metrics import ManyHistogram
+from app.settings import Settings
+
+TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.fixture
+def observers() -> Observers:
+    return Observers(AccessLog(Settings(log_format="json", default_model="m")), None, ())
+
+
+class Route:
+    """As much of one as is told."""
+
+    path = "/v1/predict"
+
+    def __init__(self, version: str | None) -> None:
+        self.model = SimpleNamespace(name="m", version=version)
+
+
+def route(version: str | None) -> JsonRoute:
+    return cast(JsonRoute, Route(version))
+
+
+def ended(of: JsonRoute, call: Call) -> Ended:
+    scope = {"method": "POST", "path": "/v1/predict"}
+    return Ended(call, scope, 200, of, seconds=0.125, ended=10.0)
+
+
+@pytest.mark.parametrize(
+    "timings",
+    [
+        None,
+        Timings(queued=9.5),
+        Timings(queued=9.5, batch=BatchTimings(started=9.75, rows=3)),
+        Timings(queued=9.5, batch=BatchTimings(started=9.75, rows=3, seconds=0.25)),
+    ],
+)
+@pytest.mark.parametrize("cache", [None, "miss"])
+@pytest.mark.parametrize("headers", [{}, {b"traceparent": TRACEPARENT}])
+def test_a_line_is_the_same_as_bytes_and_as_fields(
+    observers: Observers, timings: Timings | None, cache: Any, headers: dict[bytes, bytes]
+) -> None:
+    call = Call("an-id", 0.0, headers, timings=timings, cache=cache)
+    of = route("1")
+    line = observers._json(ended(of, call), of) + b"}"
+    assert json.loads(line) == _fields(ended(of, call))
+
+
+def test_a_route_has_the_version_of_its_model_from_when_there_is_one(observers: Observers) -> None:
+    call, of = Call("an-id", 0.0, {}), route(None)
+    assert b'"model_version":null' in observers._json(ended(of, call), of)
+    of.model.version = "7"  # type: ignore[misc]
+    assert b'"model_version":"7"' in observers._json(ended(of, call), of)
+
+
+def test_many_values_at_once_are_counted_like_one_after_the_other() -> None:
+    values = [0.0, 0.001, 0.0010001, 0.5, 10.0, 11.0, 0.5]
+    registry = CollectorRegistry()
+    bounds = (0.001, 0.5, 10.0)
+    single = Histogram("single", "", buckets=bounds, registry=registry)
+    many = ManyHistogram("many", "", buckets=bounds, registry=registry)
+    for value in values:
+        single.observe(value)
+    many.observe_all(values[:3])
+    many.observe_all(values[3:])
+    many.observe_all([])
+    found: dict[str, list[float]] = {
+        metric.name: [s.value for s in metric.samples if not s.name.endswith("_created")]
+        for metric in registry.collect()
+    }
+    assert found["many"] == pytest.approx(found["single"])
