@@ -47,13 +47,13 @@ BROKEN = "raise ValueError(batch[0].transaction_amount)"
 
 
 def payment(chance: random.Random, factor: float = 1.0) -> dict[str, Any]:
-    """Like those of the training, with amounts that are `factor` times as large."""
+    """Like those of the training, of all hours of a day, with amounts `factor` times as large."""
     categories = ["electronics", "grocery", "restaurant", "travel", "other"]
     return {
         "transaction_amount": min(factor * 50 * chance.lognormvariate(0, 1.2) + 0.01, 999_999),
         "merchant_category": chance.choices(categories, [0.15, 0.35, 0.25, 0.1, 0.15])[0],
         "user_account_age_days": int(min(chance.expovariate(1 / 700), 36_500)),
-        "hour_of_day": datetime.now(UTC).hour,
+        "hour_of_day": chance.randrange(24),
     }
 
 
@@ -280,7 +280,9 @@ def as_markdown(todo: list[Scenario], came: dict[tuple[str, str], float], commit
         "services run side by side on two cores, with the rules of `deploy/prometheus/` as they "
         "are; Prometheus scrapes every 5 s. Seconds are from when traffic began, and as nothing "
         "was before, the windows of an hour and more are as long as that: after a good day a "
-        "burn takes minutes to be one.\n"
+        "burn takes minutes to be one. Payments are those of a whole day: of the night's alone "
+        "the predictions are others than those of the training, which is drift until a day has "
+        "passed.\n"
     )
     return "\n".join(
         [
