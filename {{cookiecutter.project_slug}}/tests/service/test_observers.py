@@ -5,13 +5,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
 from app.api.json_route import Call, JsonRoute
 from app.api.observers import Ended, Observers, _fields
 from app.batching import BatchTimings, Timings
 from app.logs import AccessLog
-from app.metrics import ManyHistogram
+from app.metrics import ManyHistogram, ModelMetrics, RouteMetrics
 from app.settings import Settings
 
 TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -83,3 +83,17 @@ def test_many_values_at_once_are_counted_like_one_after_the_other() -> None:
         for metric in registry.collect()
     }
     assert found["many"] == pytest.approx(found["single"])
+
+
+def test_counters_of_what_may_go_wrong_begin_at_zero() -> None:
+    RouteMetrics("POST", "/zero")
+    ModelMetrics("zero", "1")
+    route = {"method": "POST", "handler": "/zero"}
+    for status in ("200", "422", "429", "500", "503", "504"):
+        labels = route | {"status": status}
+        assert REGISTRY.get_sample_value("http_requests_total", labels) == 0
+    model = {"model": "zero", "version": "1"}
+    failed = model | {"outcome": "failed"}
+    assert REGISTRY.get_sample_value("inference_requests_total", failed) == 0
+    refused = model | {"reason": "queue_full"}
+    assert REGISTRY.get_sample_value("inference_rejected_total", refused) == 0
