@@ -442,7 +442,7 @@ class Collector(Generic[RowT, OutcomeT]):
         begun = [part.request.timings for part in parts if not part.first]
         for request in begun:
             request.batch = timings
-        self._metrics.queue_wait.observe_all([now - request.queued for request in begun])
+        self._metrics.began([now - request.queued for request in begun])
         if self.tracer:
             timings.trace = self.tracer.batch([part.request.timings.request for part in parts])
         self._note_turnaround(now)

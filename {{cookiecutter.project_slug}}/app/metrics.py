@@ -1,9 +1,11 @@
 """Prometheus metrics: of requests by route, of batches by model."""
 
+import asyncio
 import os
 from bisect import bisect_left
 from collections import Counter as TallyOf
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from functools import cache
 from time import time
 from typing import Literal, get_args
@@ -124,7 +126,11 @@ USUAL_STATUSES = (200, 422, 429, 500, 503, 504)
 
 
 class ModelMetrics:
-    """The metrics of one version of one model. Looking labels up takes longer than counting."""
+    """The metrics of one version of one model. Looking labels up takes longer than counting.
+
+    What happens in a turn of the event loop is counted in the next one: so in one go, and once
+    the answers have been sent.
+    """
 
     def __init__(self, model: str, version: str) -> None:
         self._labels = (model, version)
@@ -136,7 +142,11 @@ class ModelMetrics:
         for outcome in get_args(Outcome):
             self._outcome(outcome)
         self._rows_waiting = 0
-        self.queue_wait = _queue_waits.labels(model, version)
+        self._begun: list[float] = []
+        self._ran: list[tuple[int, float]] = []
+        self._ended: TallyOf[Outcome] = TallyOf()
+        self._is_due = False
+        self._queue_wait = _queue_waits.labels(model, version)
         self._batch_rows = _batch_rows.labels(model, version)
         self._compute = _compute.labels(model, version)
         self.reruns = _reruns.labels(model, version)
@@ -155,17 +165,40 @@ class ModelMetrics:
             self._rows_waiting = rows
             self._queue_rows.set(rows)
 
+    def began(self, waits: Sequence[float]) -> None:
+        """The first batches of as many requests began, which had waited for so many seconds."""
+        self._begun += waits
+        self._count_later()
+
     def ran(self, rows: int, seconds: float) -> None:
         """A batch was run."""
-        self._batch_rows.observe(rows)
-        self._compute.observe(seconds)
+        self._ran.append((rows, seconds))
+        self._count_later()
 
     def rejected(self, reason: RejectReason) -> None:
         self._rejection(reason).inc()
 
     def ended(self, outcome: Outcome) -> None:
         """A request to the model has ended so."""
-        self._outcome(outcome).inc()
+        self._ended[outcome] += 1
+        self._count_later()
+
+    def _count_later(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._count, context=Context())
+
+    def _count(self) -> None:
+        self._is_due = False
+        begun, self._begun = self._begun, []
+        ran, self._ran = self._ran, []
+        ended, self._ended = self._ended, TallyOf()
+        self._queue_wait.observe_all(begun)
+        for rows, seconds in ran:
+            self._batch_rows.observe(rows)
+            self._compute.observe(seconds)
+        for outcome, count in ended.items():
+            self._outcome(outcome).inc(count)
 
 
 class ValueMetrics:

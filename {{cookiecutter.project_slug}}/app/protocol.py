@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from app.errors import PROBLEM_MEDIA_TYPE, Problem
+from app.jobs import Inbox, Job
 
 H2C_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
 
@@ -49,13 +50,16 @@ class Outbox:
 class Exchange:
     """A request under way, for whoever can do more with it than ASGI allows."""
 
-    __slots__ = ("_cycle", "_protocol", "waiting")
+    __slots__ = ("_cycle", "_protocol", "is_waiting", "job")
 
     def __init__(self, protocol: "Protocol", cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
         self._cycle = cycle
-        self.waiting: asyncio.Task[Any] | None = None
-        """Cancelled when the client leaves before the answer."""
+        self.job: Job | None = None
+        """What answers it."""
+
+        self.is_waiting = False
+        """Whether the job is to be cancelled when the client leaves."""
 
     @property
     def asgi(self) -> tuple[Scope, Receive, Send]:
@@ -64,13 +68,9 @@ class Exchange:
         return cycle.scope, cycle.receive, cycle.send
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return self._protocol.loop
-
-    @property
     def is_alone(self) -> bool:
         """Whether no other request is under way, or was received in this turn of the loop. Holds
-        once the request has its task."""
+        once the request has its job."""
         return len(self._protocol.tasks) == 1
 
     @property
@@ -101,8 +101,8 @@ class Exchange:
             return
         self._cycle.disconnected = True
         self._cycle.message_event.set()
-        if self.waiting:
-            self.waiting.cancel()
+        if self.job and self.is_waiting:
+            self.job.cancel()
 
     def respond(self, status: int, headers: bytes, content: bytes) -> bool:
         """Send a whole answer; `headers` are lines. False: it has to go the usual way.
@@ -145,6 +145,7 @@ def _nothing() -> None:
 
 
 class Protocol(HttpToolsProtocol):
+    inbox: ClassVar = Inbox()
     outbox: ClassVar = Outbox()
     exchange: Exchange | None = None
     is_in_message = False
@@ -164,24 +165,25 @@ class Protocol(HttpToolsProtocol):
             )
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self.exchange = Exchange(self, cycle)
+        self.exchange = exchange = Exchange(self, cycle)
         begin = getattr(app, "begin", None)  # of app.api.middleware
         # Of those that waited in a pipeline, each refusal would begin the next one within itself.
-        may_refuse = not self.pipeline and self.exchange.may_respond
-        answering = begin(self.exchange, may_refuse=may_refuse) if begin else None
+        may_refuse = not self.pipeline and exchange.may_respond
+        answering = begin(exchange, may_refuse=may_refuse) if begin else None
         if answering:
-            task = self.loop.create_task(answering)
-            self.tasks.add(task)
-            task.add_done_callback(partial(self._ended, cycle))
+            exchange.job = job = Job(answering, partial(self._ended, exchange, cycle))
+            # uvicorn waits for them when it stops, and cancels them after a while.
+            self.tasks.add(job)  # type: ignore[arg-type]
+            self.inbox.put(job)
         elif cycle.response_complete:
             cycle.on_response = _nothing
         else:
             super()._start_asgi_task(cycle, app)
 
-    def _ended(self, cycle: RequestResponseCycle, task: "asyncio.Task[Any]") -> None:
-        self.tasks.discard(task)
-        # It knows the protocol, which knows the cycle.
-        cycle.on_response = _nothing
+    def _ended(self, exchange: Exchange, cycle: RequestResponseCycle, job: Job) -> None:
+        self.tasks.discard(job)
+        # They know the protocol, which knows them.
+        cycle.on_response, exchange.job = _nothing, None
         if not (cycle.response_complete or cycle.disconnected):
             self.transport.close()
 

@@ -33,7 +33,6 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
-        use_attribute_docstrings=True,
     )
 
     service_title: str = "Model service"

@@ -32,6 +32,7 @@ from app.errors import (
     invalid_input,
 )
 from app.inference import CacheStatus, CacheUse
+from app.jobs import Job
 from app.metrics import RouteMetrics
 from app.protocol import Exchange
 from app.repository import ServedModel
@@ -50,7 +51,9 @@ PRIORITY = re.compile(rb"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)")
 Headers = Mapping[bytes, bytes]
 """By name in lower case; of a header that is repeated, the last."""
 
-Task = asyncio.Task[Any]
+Reader = asyncio.Task[Any] | Job
+"""Who waits for a body."""
+
 Parse = Callable[[bytes], BaseModel]
 
 RAW_MEDIA_TYPE = b"application/octet-stream"
@@ -157,8 +160,8 @@ class JsonRoute:
         self._max_body_bytes = settings.max_body_bytes
         self._keys = keys
         self.metrics = RouteMetrics("POST", path)
-        self._reading: Deadlines[Task] = Deadlines(self._stop_reading)
-        self._late: set[Task] = set()
+        self._reading: Deadlines[Reader] = Deadlines(self._stop_reading)
+        self._late: set[Reader] = set()
 
     def _parse_arrays(self, body_model: type[BaseModel]) -> None:
         from app.tensor import raw_field  # noqa: PLC0415
@@ -196,12 +199,9 @@ class JsonRoute:
         call.priority = _priority(call.headers)
         call.use = _cache_use(call.headers)
         parse = self._parser(call.headers)
-        # To look for the running loop takes a system call.
-        task = asyncio.current_task(call.exchange.loop if call.exchange else None)
-        assert task  # noqa: S101
         content = call.exchange.take_content(self._max_body_bytes) if call.exchange else None
         if content is None:
-            content = await self._read(receive, call, task)
+            content = await self._read(receive, call)
         begun = monotonic() if call.span else 0.0
         try:
             body = parse(content)
@@ -211,17 +211,16 @@ class JsonRoute:
             if call.span:
                 call.parsed = begun, monotonic()
         if call.exchange:
-            call.exchange.waiting = task
+            call.exchange.is_waiting = True
         try:
             return to_json(await self._endpoint(body, call), by_alias=True)
         except asyncio.CancelledError:
             if not (call.exchange and call.exchange.has_left):
                 raise
-            task.uncancel()
             raise ClientLeft from None
         finally:
             if call.exchange:
-                call.exchange.waiting = None
+                call.exchange.is_waiting = False
 
     def _parser(self, headers: Headers) -> Parse:
         """
@@ -246,7 +245,7 @@ class JsonRoute:
             raise invalid_fields([FieldError(field=TIMEOUT, message=message)])
         return min(int(given) / 1000, self._timeout_s)
 
-    async def _read(self, receive: Receive, call: Call, task: Task) -> bytes:
+    async def _read(self, receive: Receive, call: Call) -> bytes:
         """The whole body.
 
         Raises:
@@ -257,9 +256,11 @@ class JsonRoute:
         declared = call.headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
             raise BodyTooLarge(f"The body is over {self._max_body_bytes} bytes.")
+        reader = call.exchange.job if call.exchange else asyncio.current_task()
+        assert reader  # noqa: S101
         content = b""
         more = True
-        self._reading.add(task, call.deadline)
+        self._reading.add(reader, call.deadline)
         try:
             while more:
                 message = await receive()
@@ -270,18 +271,17 @@ class JsonRoute:
                     raise BodyTooLarge(f"The body is over {self._max_body_bytes} bytes.")
                 more = message.get("more_body", False)
         except asyncio.CancelledError:
-            if task not in self._late:
+            if reader not in self._late:
                 raise
-            self._late.discard(task)
-            task.uncancel()
+            self._late.discard(reader)
             raise BodyTimeout("The body did not arrive in time.") from None
         finally:
-            self._reading.discard(task)
+            self._reading.discard(reader)
         return content
 
-    def _stop_reading(self, task: Task) -> None:
-        self._late.add(task)
-        task.cancel()
+    def _stop_reading(self, reader: Reader) -> None:
+        self._late.add(reader)
+        reader.cancel()
 
 
 def _priority(headers: Headers) -> int:

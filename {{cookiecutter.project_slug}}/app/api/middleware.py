@@ -1,5 +1,6 @@
 """Around every request: its id, its log line, and the last resort for errors."""
 
+import asyncio
 import logging
 import re
 from collections.abc import Coroutine, Mapping
@@ -38,8 +39,8 @@ def request_id_of(headers: Headers) -> str:
 
 
 def _enter(call: Call) -> None:
-    """What this task does from now on, it does for `call`."""
-    # Each request is a task, so nothing else sees this.
+    """What is done from now on in this context is done for `call`."""
+    # Each request has one of its own, so nothing else sees this.
     current_request_id.set(call.request_id)
     if call.span:
         call.span.enter()
@@ -70,7 +71,7 @@ class RequestContext:
     def begin(self, exchange: Exchange, *, may_refuse: bool) -> Coroutine[Any, Any, None] | None:
         """What is left to do for a request to one of `routes`, or None: see `__call__`.
 
-        app.protocol asks this before it makes a task of the request, and makes one of what it
+        app.protocol asks this before it makes a job of the request, and makes one of what it
         gets. While there is too much to do, to say so has to cost as little as can be, or
         nothing else gets done, so a request may be refused here, and is answered then.
         """
@@ -156,9 +157,9 @@ class RequestContext:
             self.observers.end(call, scope, CLIENT_LEFT, route)
             return
         except BodyTooLarge as error:
-            # It reads on for a while before it closes.
             response = problem_response(error, call.request_id)
-            await response(scope, receive, self._in_context(call, send))
+            # It reads on for a while before it closes, by a clock that a task has to have.
+            await asyncio.create_task(response(scope, receive, self._in_context(call, send)))
             self.observers.end(call, scope, error.status, route)
             return
         except ServiceError as error:

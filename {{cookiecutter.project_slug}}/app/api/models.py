@@ -5,7 +5,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import FastAPI
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, Field
 from pydantic.json_schema import JsonSchemaMode
 
 from app.api.problems import problems
@@ -19,29 +19,19 @@ class VersionInfo(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     name: str
-    is_default: bool
-    """Whether /v1/predict asks this model."""
-
+    is_default: bool = Field(description="Whether /v1/predict asks this model.")
     state: State
-    version: str | None
-    """The version that answers."""
-
-    versions: list[VersionInfo]
-    """Those on disk, oldest first; `available` ones are not loaded."""
-
-    provider: Provider | None
-    """What it computes on."""
-
-    artifact_digest: str | None
-    """SHA-256 over the files of the version that answers."""
-
+    version: str | None = Field(description="The version that answers.")
+    versions: list[VersionInfo] = Field(
+        description="Those on disk, oldest first; `available` ones are not loaded."
+    )
+    provider: Provider | None = Field(description="What it computes on.")
+    artifact_digest: str | None = Field(
+        description="SHA-256 over the files of the version that answers."
+    )
     created: AwareDatetime | None
-    metrics: dict[str, float]
-    """How good it was when it was trained."""
-
+    metrics: dict[str, float] = Field(description="How good it was when it was trained.")
     input_schema: dict[str, Any]
     output_schema: dict[str, Any]
 

@@ -51,16 +51,14 @@ class BatchRequest(BaseModel):
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    request_id: str
-    """The caller's X-Request-ID, or one made here; it finds the request in the logs."""
-
+    request_id: str = Field(
+        description="The caller's X-Request-ID, or one made here; it finds the request in the logs."
+    )
     model: str
     model_version: str
-    processing_time_ms: float
-    """Time on the server, from the end of the request's header to the answer."""
-
+    processing_time_ms: float = Field(
+        description="Time on the server, from the end of the request's header to the answer."
+    )
     timestamp: AwareDatetime
 
 
@@ -69,8 +67,9 @@ class PredictResponse(_Answer):
 
 
 class BatchResponse(_Answer):
-    predictions: list[BasePrediction]
-    """One for each instance, in the order of the request."""
+    predictions: list[BasePrediction] = Field(
+        description="One for each instance, in the order of the request."
+    )
 
 
 class PredictionRoutes:

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from fastapi import FastAPI, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
 from app.lifecycle import Lifecycle, Phase
 from app.predictor import Provider
@@ -24,12 +24,8 @@ class ModelStatus(BaseModel):
 
 
 class Status(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     status: Phase
-    detail: str | None = None
-    """Why the answer is 503."""
-
+    detail: str | None = Field(default=None, description="Why the answer is 503.")
     models: dict[str, ModelStatus]
 
 

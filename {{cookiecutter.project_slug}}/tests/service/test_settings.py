@@ -1,5 +1,8 @@
 """Settings: where they come from, and that each is explained."""
 
+import ast
+import inspect
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,4 +102,12 @@ def test_a_container_with_gpus_is_expected_to_use_them(
 
 
 def test_each_is_explained_where_it_is_declared() -> None:
-    assert all(field.description for field in Settings.model_fields.values())
+    [declaration] = ast.parse(inspect.getsource(Settings)).body
+    assert isinstance(declaration, ast.ClassDef)
+    explained = {
+        field.target.id
+        for field, text in pairwise(declaration.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr)
+    }
+    assert explained == set(Settings.model_fields)
