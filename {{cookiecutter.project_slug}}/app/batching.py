@@ -466,15 +466,18 @@ class Collector(Generic[RowT, OutcomeT]):
         room = self.limits.max_rows
         for queue in self._next_queues(now):
             while room and (request := self._head(queue, now)):
-                first = len(request.rows) - request.waiting
-                rows = request.rows[first : first + room]
-                parts.append(_Part(request, first, rows))
-                if len(rows) == request.waiting:
+                waiting = request.waiting
+                first = len(request.rows) - waiting
+                if waiting <= room:
+                    rows = request.rows[first:] if first else request.rows
                     self._leave_queue(request)
                 else:
-                    self.rows_waiting -= len(rows)
-                request.waiting -= len(rows)
-                room -= len(rows)
+                    waiting = room
+                    rows = request.rows[first : first + room]
+                    self.rows_waiting -= room
+                parts.append(_Part(request, first, rows))
+                request.waiting -= waiting
+                room -= waiting
         return parts
 
     def _head(

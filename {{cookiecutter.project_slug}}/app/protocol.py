@@ -4,6 +4,7 @@ import asyncio
 import re
 from functools import partial
 from http import HTTPStatus
+from time import monotonic
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -151,18 +152,86 @@ class Protocol(HttpToolsProtocol):
     is_in_message = False
     """Whether the parser has seen the begin of a request and not its end."""
 
+    _idle_since: float | None = None
+    """When the last request was answered, by `monotonic`, if none has come since."""
+
     def on_message_begin(self) -> None:
         self.is_in_message = True
         super().on_message_begin()
 
+    def on_headers_complete(self) -> None:
+        path = getattr(self.app, "plain_paths", {}).get(self.url)
+        if path is None or not self._is_plain_post():
+            super().on_headers_complete()
+            return
+        # What uvicorn would find out about any request takes 2 us of the 45 of this one.
+        scope = self.scope
+        scope["method"], scope["path"], scope["raw_path"] = "POST", path, self.url
+        scope["query_string"] = b""
+        self.cycle = RequestResponseCycle(
+            scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            self.access_log,
+            self.server_state.default_headers,
+            asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        self._start_asgi_task(self.cycle, self.app)
+
+    def _is_plain_post(self) -> bool:
+        """Whether it is a POST by HTTP/1.1, with nothing to it that comes once in a while."""
+        parser, before = self.parser, self.cycle
+        is_plain = parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
+        is_special = self.expect_100_continue or parser.should_upgrade() or self.limit_concurrency
+        is_next = before is None or before.response_complete
+        return is_plain and not is_special and is_next
+
     def on_message_complete(self) -> None:
         self.is_in_message = False
         super().on_message_complete()
-        if self.cycle.response_complete and not self.timeout_keep_alive_task:
+        if self.cycle.response_complete and self._idle_since is None:
             # It was answered before its body was there, which ended the wait for the next one.
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._wait_for_request()
+
+    def on_response_complete(self) -> None:
+        # As uvicorn's, whose timer is made and cancelled for each request.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._wait_for_request()
+
+    def _wait_for_request(self) -> None:
+        self._idle_since = monotonic()
+        if not self.timeout_keep_alive_task:
+            self._look_again_in(self.timeout_keep_alive)
+
+    def _look_again_in(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return
+        left = self._idle_since + self.timeout_keep_alive - monotonic()
+        if left > 0:
+            self._look_again_in(left)
+        else:
+            self.transport.close()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Called by uvicorn when there is data, or the connection has ended."""
+        self._idle_since = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self.exchange = exchange = Exchange(self, cycle)
@@ -203,6 +272,8 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None
         super().connection_lost(exc)
+        if self.timeout_keep_alive_task:
+            self.timeout_keep_alive_task.cancel()
         if exchange:
             exchange.leave()
 

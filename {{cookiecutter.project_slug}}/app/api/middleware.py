@@ -65,6 +65,9 @@ class RequestContext:
     ) -> None:
         self.app = app
         self.routes = routes
+        self.plain_paths = {path.encode(): path for path in routes}
+        """Of `routes`, as they are sent. Read by app.protocol."""
+
         self.lifecycle = lifecycle
         self.observers = observers
 
