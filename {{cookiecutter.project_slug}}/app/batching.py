@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from itertools import chain
@@ -184,6 +184,9 @@ class _Batch(Generic[RowT, OutcomeT]):
     parts: _Parts[RowT, OutcomeT]
     to_run: list[_Parts[RowT, OutcomeT]]
     timings: BatchTimings
+    runs: list[tuple[int, float]] = field(default_factory=list)
+    """Those that worked: rows and seconds."""
+
     reruns: int = 0
     was_too_large: bool = False
 
@@ -518,7 +521,11 @@ class Collector(Generic[RowT, OutcomeT]):
                 run.add_done_callback(resume, context=self._context)
                 return
             self._ended(batch, parts, started, run)
-        self._free(batch)
+        if len(batch.parts) == 1 and not self.rows_waiting:
+            # The answer goes first, as nothing waits for the slot.
+            self._loop.call_soon(self._free, batch, context=self._context)
+        else:
+            self._free(batch)
 
     def _resume(
         self,
@@ -533,6 +540,8 @@ class Collector(Generic[RowT, OutcomeT]):
     def _free(self, batch: _Batch[RowT, OutcomeT]) -> None:
         if batch.timings.trace:
             batch.timings.trace.end(batch.timings.rows, has_failed=batch.timings.has_failed)
+        for rows, seconds in batch.runs:
+            self.cost.ran(rows, seconds)
         self._free_since = self._clock()
         self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
         # The slot is free before the next batch is bound.
@@ -559,7 +568,7 @@ class Collector(Generic[RowT, OutcomeT]):
         batch.timings.has_failed |= error is not None
         if error is None:
             self._deliver(parts, run.result())
-            self.cost.ran(rows, seconds)
+            batch.runs.append((rows, seconds))
         elif isinstance(error, OutOfMemory):
             self._shrink(batch, parts, rows, error)
         elif isinstance(error, PredictionFailed):

@@ -156,8 +156,8 @@ class Runner:
             self._run_inline(instance.predictor, rows, answer)
         else:
             instance.running += 1
-            running = asyncio.wrap_future(instance.submit(rows))
-            running.add_done_callback(partial(self._ran, instance, answer))
+            running = instance.submit(rows)
+            running.add_done_callback(partial(_tell, loop, partial(self._ran, instance, answer)))
         return answer
 
     def _run_inline(
@@ -196,7 +196,7 @@ class Runner:
         self,
         instance: Instance,
         answer: asyncio.Future[Sequence[Outcome]],
-        running: asyncio.Future[Run],
+        running: Future[Run],
     ) -> None:
         instance.running -= 1
         if answer.done():
@@ -215,6 +215,14 @@ class Runner:
         """What waits for a thread is given up; a batch that runs cannot be stopped."""
         for instance in self._instances:
             instance.close()
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop, ran: Callable[[Future[Run]], None], running: Future[Run]
+) -> None:
+    """Called by the thread. `asyncio.wrap_future` would take another turn of the loop."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(ran, running)
 
 
 def run(predictor: Predictor, rows: Rows) -> Sequence[Outcome]:
