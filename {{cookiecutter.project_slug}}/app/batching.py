@@ -543,7 +543,7 @@ class Collector(Generic[RowT, OutcomeT]):
         for rows, seconds in batch.runs:
             self.cost.ran(rows, seconds)
         self._free_since = self._clock()
-        self._policy.answered(self._free_since, sum(len(part.rows) for part in batch.parts))
+        self._policy.answered(self._free_since, batch.timings.rows)
         # The slot is free before the next batch is bound.
         self._batches.discard(batch)
         if self.is_idle:

@@ -89,19 +89,23 @@ class Terms(Protocol):
     def use(self) -> CacheUse: ...
 
 
+def _submit(
+    model: ServedModel, terms: Terms, rows: Sequence[BaseFeatures], outlet: Outlet[Outcome]
+) -> Ticket[Outcome]:
+    ticket = model.submit(
+        rows, terms.deadline, outlet, priority=terms.priority, is_alone=terms.is_alone
+    )
+    terms.timings = ticket.timings
+    return ticket
+
+
 async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms) -> Answer:
     """Score `rows`, which are valid features of `model`.
 
     Raises:
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
-    deadline, priority, is_alone = terms.deadline, terms.priority, terms.is_alone
-
-    def submit(rows: Sequence[BaseFeatures], outlet: Outlet[Outcome]) -> Ticket[Outcome]:
-        ticket = model.submit(rows, deadline, outlet, priority=priority, is_alone=is_alone)
-        terms.timings = ticket.timings
-        return ticket
-
+    submit = partial(_submit, model, terms)
     cache, use = model.cache, terms.use
     is_normal = use is CacheUse.NORMAL
     age_s = None
@@ -109,6 +113,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
         if cache is None or use is CacheUse.NONE:
             outcomes = await outcomes_of(partial(submit, rows))
         else:
+            deadline = terms.deadline
             outcomes, age_s = await cache.answer(rows, submit, deadline, refresh=not is_normal)
     except (ServiceError, asyncio.CancelledError) as error:
         _count(model, error)
