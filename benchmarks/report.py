@@ -76,11 +76,17 @@ class Figures:
     def main(self, what: str, workload: str, contestant: str, point: str) -> Number:
         return self.median("main", what, workload=workload, contestant=contestant, point=point)
 
-    def ratio(self, what: str, workload: str, point: str, other: str) -> Number:
-        """Ours to another's."""
-        ours = self.main(what, workload, OURS, point)
-        theirs = self.main(what, workload, other, point)
-        return ours / theirs if ours is not None and theirs else None
+    def ratio(self, what: str, workload: str, point: str, other: str, one: str = OURS) -> Number:
+        """Of `one` to `other`: the median over the turns in which both took part."""
+        mine, theirs = (
+            {
+                (entry["round"], entry.get("turn")): entry[what]
+                for entry in self.all("main", workload=workload, contestant=name, point=point)
+            }
+            for name in (one, other)
+        )
+        ratios = [mine[turn] / theirs[turn] for turn in mine if theirs.get(turn)]
+        return median(ratios) if ratios else None
 
     def values(self, section: str, key: str) -> list[Any]:
         """What occurs under `key`, in order of appearance."""
@@ -185,8 +191,8 @@ def number(value: Number) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def ratio(value: Number, base: Number) -> str:
-    return f"{value / base:.2f}x" if value is not None and base else ""
+def times(ratio: Number) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -261,10 +267,6 @@ def _main(figures: Figures) -> str:
 
 
 def _workload(figures: Figures, workload: str) -> str:
-    bases = {
-        other: figures.main("per_s", workload, other, "closed 32")
-        for other in (BARE, BATCHED, TUTORIAL)
-    }
     rows = []
     for name in figures.values("main", "contestant"):
         if failed := figures.all("main", workload=workload, contestant=name, point="failed"):
@@ -277,7 +279,10 @@ def _workload(figures: Figures, workload: str) -> str:
         per_s = of("per_s", "closed 32")
         many = [number(of(what, "closed 32")) for what in ("p50_ms", "p95_ms", "p99_ms", "cpu_us")]
         alone = [number(of(what, "closed 1")) for what in ("p50_ms", "p99_ms")]
-        ratios = [ratio(per_s, base) for base in bases.values()]
+        ratios = [
+            times(figures.ratio("per_s", workload, "closed 32", other, name))
+            for other in (BARE, BATCHED, TUTORIAL)
+        ]
         title = f"**{figures.titles[name]}**" if name == OURS else figures.titles[name]
         rows.append([title, number(per_s), *ratios, *many, *alone])
     head = [

@@ -1,12 +1,16 @@
 """What is measured: each section gives a list of measurements, which are plain dictionaries."""
 
 import http.client
+import itertools
 import random
+import re
+import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +19,15 @@ from benchmarks.environments import BUILD, MODELS
 from benchmarks.load import Exchange, Plan, Result, measure
 from benchmarks.redis_server import flush, redis_server
 from benchmarks.servers.template.contestant import batch_request, settings
-from benchmarks.serving import Cores, Server, busy_s, free_port, shared_cores, split_cores
+from benchmarks.serving import (
+    Cores,
+    Server,
+    busy_s,
+    free_port,
+    running_on,
+    shared_cores,
+    split_cores,
+)
 from benchmarks.workloads import TOLERANCE, Workload, make_fresh
 
 Measurement = dict[str, Any]
@@ -26,6 +38,11 @@ MANY = 32
 """Connections of the closed loop that stands for capacity."""
 
 OPEN_LOOP_CONNECTIONS = 512
+SLICES = 4
+"""Into which a round's closed loops are cut, so that those of all contestants alternate."""
+
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+
 SHARES = [0.5, 0.9]
 """Of the capacity, in the open loop."""
 
@@ -191,9 +208,14 @@ def ask(port: int, exchange: Exchange) -> bytes:
 def in_turns(bench: Bench, names: list[str]) -> Iterator[tuple[int, str]]:
     """Each round has all of `names`; the next one begins with another."""
     for number in range(bench.rounds):
-        first = number % len(names) if names else 0
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, number):
             yield number + 1, name
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """All of `names`, each turn beginning with another."""
+    first = turn % len(names) if names else 0
+    return names[first:] + names[:first]
 
 
 def show(measurement: Measurement, result: Loaded | None = None) -> Measurement:
@@ -219,27 +241,99 @@ def main(bench: Bench) -> list[Measurement]:
     """Every contestant in every workload: closed loop, open loop, memory, cold start."""
     found: list[Measurement] = []
     for workload in bench.workloads:
-        for number, name in in_turns(bench, list(bench.contestants)):
-            about = {"round": number, "workload": workload, "contestant": name}
-            try:
-                running = bench.serve(name, workload)
-            except (NotSupportedError, WrongAnswerError, RuntimeError, TimeoutError) as error:
-                found.append(show(about | {"point": "failed", "why": str(error)}))
-                continue
-            with running:
-                closed = running.load(MANY)
-                found.append(show(about | {"point": "closed 32"}, closed))
-                found.append(show(about | {"point": "closed 1"}, running.load(1)))
-                if workload in ("w1", "w2"):
-                    for share in SHARES:
-                        rate = share * closed.per_s
-                        result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
-                        point = {"point": f"open {share:.0%}", "rate": round(rate)}
-                        found.append(show(about | point, result))
-                memory = asdict(running.server.memory())
-                cold_start = {"cold_start_s": running.server.cold_start_s}
-                found.append(about | {"point": "process"} | memory | cold_start)
+        for number in range(1, bench.rounds + 1):
+            found += _side_by_side(bench, workload, number)
     return found
+
+
+def _side_by_side(bench: Bench, workload: str, number: int) -> list[Measurement]:
+    """A round. All are up at the same time, so that they can be asked in quick succession."""
+    about = {"round": number, "workload": workload}
+    found: list[Measurement] = []
+    running: dict[str, Running] = {}
+    with ExitStack() as stack:
+        for name in bench.contestants:
+            try:
+                running[name] = stack.enter_context(bench.serve(name, workload))
+            except (NotSupportedError, WrongAnswerError, RuntimeError, TimeoutError) as error:
+                why = {"point": "failed", "why": str(error)}
+                found.append(show(about | {"contestant": name} | why))
+        for turn in range(SLICES):
+            for name in rotated(list(running), number + turn):
+                point = {"contestant": name, "point": "closed 32", "turn": turn}
+                result = running[name].load(MANY, seconds=bench.seconds / SLICES)
+                found.append(show(about | point, result))
+        for name, latencies_ms in one_by_one(bench, running).items():
+            percentiles = quantiles(latencies_ms, n=100)
+            figures = {"p50_ms": percentiles[49], "p95_ms": percentiles[94]}
+            figures |= {"p99_ms": percentiles[98], "requests": len(latencies_ms)}
+            found.append(show(about | {"contestant": name, "point": "closed 1"} | figures))
+        for name in rotated(list(running), number):
+            found += _open_loop(running[name], found, about | {"contestant": name})
+            memory = asdict(running[name].server.memory())
+            cold_start = {"cold_start_s": running[name].server.cold_start_s}
+            found.append(about | {"contestant": name, "point": "process"} | memory | cold_start)
+    return found
+
+
+def _open_loop(running: Running, found: list[Measurement], about: Measurement) -> list[Measurement]:
+    """At shares of what it answered in this round's closed loop."""
+    if about["workload"] not in ("w1", "w2"):
+        return []
+    closed = [
+        entry["per_s"]
+        for entry in found
+        if entry["contestant"] == about["contestant"] and entry["point"] == "closed 32"
+    ]
+    measured = []
+    for share in SHARES:
+        rate = share * median(closed)
+        result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
+        point = {"point": f"open {share:.0%}", "rate": round(rate)}
+        measured.append(show(about | point, result))
+    return measured
+
+
+def one_by_one(bench: Bench, running: Mapping[str, Running]) -> dict[str, list[float]]:
+    """Latencies in ms of single requests to each in turn.
+
+    Each has a connection of its own. What slows the machine down slows all of them down.
+    """
+    latencies_ms: dict[str, list[float]] = {name: [] for name in running}
+    with ExitStack() as stack, running_on(bench.cores.load):
+        connections = {}
+        for name, its in running.items():
+            connection = socket.create_connection(("127.0.0.1", its.server.port), timeout=60)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connections[name] = stack.enter_context(connection)
+        ends = perf_counter() + bench.seconds * len(running)
+        turns = itertools.count()
+        while perf_counter() < ends:
+            turn = next(turns)
+            for name in rotated(list(running), turn):
+                exchanges = running[name].exchanges
+                request = exchanges[turn % len(exchanges)].request
+                started = perf_counter()
+                connections[name].sendall(request)
+                status = _receive(connections[name])
+                latencies_ms[name].append(1000 * (perf_counter() - started))
+                if status != b"200":
+                    raise WrongAnswerError(f"{name} answered with {status.decode()}")
+    return latencies_ms
+
+
+def _receive(connection: socket.socket) -> bytes:
+    """The status of an answer that is read to its end."""
+    received = b""
+    while True:
+        chunk = connection.recv(65_536)
+        if not chunk:
+            raise WrongAnswerError("the connection was closed before the answer")
+        received += chunk
+        head, end, content = received.partition(b"\r\n\r\n")
+        length = CONTENT_LENGTH.search(head)
+        if end and length and len(content) >= int(length[1]):
+            return head.split()[1]
 
 
 def growth(bench: Bench) -> list[Measurement]:

@@ -213,7 +213,7 @@ class ResponseCache:
                 known = (await self._recall_shared(self._shared, keys, deadline)).get(key)
             if known:
                 return Answered([known.prediction], _age_s(known))
-        self.metrics.misses.inc()
+        self.metrics.missed(1)
         outcomes: Sequence[Outcome] = ()
         while not outcomes:
             run = None if refresh else self._runs.get(key)
@@ -243,7 +243,7 @@ class ResponseCache:
                 oldest = min(known.values(), key=attrgetter("said"))
                 return Answered([known[key].prediction for key in keys], _age_s(oldest))
         said: dict[Key, Outcome] = {key: found.prediction for key, found in known.items()}
-        self.metrics.misses.inc(len(row_of) - len(said))
+        self.metrics.missed(len(row_of) - len(said))
         while missing := [key for key in row_of if key not in said]:
             runs = {self._runs[key] for key in missing if key in self._runs and not refresh}
             under_way = {key for run in runs for key in run.keys}
@@ -376,7 +376,7 @@ class ResponseCache:
         if value is None:
             return None
         if known := self._read(key, value):
-            self.metrics.memory_hits.inc()
+            self.metrics.memory_hit()
         else:
             self._memory.discard(key)
         return known

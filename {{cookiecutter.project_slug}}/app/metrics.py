@@ -125,12 +125,28 @@ USUAL_STATUSES = (200, 422, 429, 500, 503, 504)
 """Counted from zero: where a counter begins with errors, Prometheus sees no increase."""
 
 
-class ModelMetrics:
-    """The metrics of one version of one model. Looking labels up takes longer than counting.
+class _CountedLater:
+    """Counts what happens in a turn of the event loop in the next one: so in one go, and once
+    the answers have been sent."""
 
-    What happens in a turn of the event loop is counted in the next one: so in one go, and once
-    the answers have been sent.
-    """
+    _is_due = False
+
+    def _count_later(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._count_now, context=Context())
+
+    def _count_now(self) -> None:
+        self._is_due = False
+        self._count()
+
+    def _count(self) -> None:
+        """Count what was noted since the last time."""
+        raise NotImplementedError
+
+
+class ModelMetrics(_CountedLater):
+    """The metrics of one version of one model. Looking labels up takes longer than counting."""
 
     def __init__(self, model: str, version: str) -> None:
         self._labels = (model, version)
@@ -145,7 +161,6 @@ class ModelMetrics:
         self._begun: list[float] = []
         self._ran: list[tuple[int, float]] = []
         self._ended: TallyOf[Outcome] = TallyOf()
-        self._is_due = False
         self._queue_wait = _queue_waits.labels(model, version)
         self._batch_rows = _batch_rows.labels(model, version)
         self._compute = _compute.labels(model, version)
@@ -183,13 +198,7 @@ class ModelMetrics:
         self._ended[outcome] += 1
         self._count_later()
 
-    def _count_later(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._count, context=Context())
-
     def _count(self) -> None:
-        self._is_due = False
         begun, self._begun = self._begun, []
         ran, self._ran = self._ran, []
         ended, self._ended = self._ended, TallyOf()
@@ -221,18 +230,35 @@ class ValueMetrics:
         return counter
 
 
-class CacheMetrics:
+class CacheMetrics(_CountedLater):
     """The metrics of the cache of one version of one model."""
 
     def __init__(self, model: str, version: str) -> None:
         self.model, self.version = model, version
-        self.memory_hits = _cache_hits.labels(model, version, "memory")
+        self._memory_hits = _cache_hits.labels(model, version, "memory")
         self.redis_hits = _cache_hits.labels(model, version, "redis")
-        self.misses = _cache_misses.labels(model, version)
+        self._misses = _cache_misses.labels(model, version)
         self.bypasses = _cache_bypasses.labels(model, version)
         self.followers = _cache_followers.labels(model, version)
         self.invalid = _cache_invalid.labels(model, version)
         self._shown_bytes = 0
+        self._hits_noted = self._misses_noted = 0
+
+    def memory_hit(self) -> None:
+        """A row was found in memory."""
+        self._hits_noted += 1
+        self._count_later()
+
+    def missed(self, rows: int) -> None:
+        """So many rows were found nowhere."""
+        self._misses_noted += rows
+        self._count_later()
+
+    def _count(self) -> None:
+        hits, self._hits_noted = self._hits_noted, 0
+        misses, self._misses_noted = self._misses_noted, 0
+        self._memory_hits.inc(hits)
+        self._misses.inc(misses)
 
     def show_bytes(self, held: int) -> None:
         """The cache in memory holds so many, within a hundredth."""
