@@ -36,6 +36,7 @@ LAYERS = [
         "onnx",
         "waiting",
         "protocol",
+        "jobs",
         "metrics",
         "logs",
         "tracing",

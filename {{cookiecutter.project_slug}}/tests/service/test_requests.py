@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from uvicorn.config import Config
+from uvicorn.server import ServerState
 
-from app.protocol import Outbox
+from app.protocol import Outbox, Protocol
 from tests.service.server import FAKES, Service, Start, assert_problem, publish
 
 JSON = {"Content-Type": "application/json"}
@@ -379,7 +381,9 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(
     source = source.replace("from pathlib", "import gc\nfrom pathlib", 1)
     (tmp_path / "double.py").write_text(source, encoding="utf-8")
     publish(tmp_path, "double", factor_txt=b"2")
-    service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path).wait_for("/ready")
+    # A cached answer would say what was the case when it was given first.
+    places = {"PREDICTORS_DIR": tmp_path, "ARTIFACTS_DIR": tmp_path}
+    service = start(**places, CACHE_ENABLED="false").wait_for("/ready")
 
     def collections_after(requests: int) -> float:
         for _ in range(requests):
@@ -393,22 +397,71 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(
     assert collections_after(1500) == before
 
 
+class Connection(asyncio.Transport):
+    def __init__(self, *, is_closed: bool = False) -> None:
+        super().__init__()
+        self.is_closed = is_closed
+        self.sent = b""
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def resume_reading(self) -> None:
+        pass
+
+    def write(self, data: Any) -> None:
+        # As uvloop's do.
+        if self.is_closed:
+            raise RuntimeError("closed")
+        self.sent += data
+
+
+def test_who_asks_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not who asked again before that, whose answer takes long."""
+    now = 1000.0
+    monkeypatch.setattr("app.protocol.monotonic", lambda: now)
+    may_answer = asyncio.Event()
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await may_answer.wait()
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    async def test() -> None:
+        nonlocal now
+        config = Config(app, http=Protocol, timeout_keep_alive=75)
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        connection = Connection()
+        protocol.connection_made(connection)
+        may_answer.set()
+        for sent in (1, 2):
+            protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.gather(*protocol.tasks)
+            assert connection.sent.count(b"204 No Content") == sent
+            now += 74
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+        may_answer.clear()
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        now += 76
+        protocol.timeout_keep_alive_handler()
+        assert not connection.is_closed
+        may_answer.set()
+        await asyncio.gather(*protocol.tasks)
+        now += 76
+        protocol.timeout_keep_alive_handler()
+        assert connection.is_closed
+        protocol.connection_lost(None)
+        assert protocol.timeout_keep_alive_task is None
+
+    asyncio.run(test())
+
+
 def test_who_leaves_does_not_take_the_answers_of_others_along() -> None:
-    class Connection(asyncio.Transport):
-        def __init__(self, *, is_closed: bool) -> None:
-            super().__init__()
-            self.is_closed = is_closed
-            self.sent = b""
-
-        def is_closing(self) -> bool:
-            return self.is_closed
-
-        def write(self, data: Any) -> None:
-            # As uvloop's do.
-            if self.is_closed:
-                raise RuntimeError("closed")
-            self.sent += data
-
     async def test() -> None:
         connections = [Connection(is_closed=number == 1) for number in range(3)]
         outbox = Outbox()
