@@ -35,7 +35,7 @@ class Job:
 
     def cancel(self, msg: object = None) -> None:
         """Have what it waits for raise `asyncio.CancelledError`, now or the next time."""
-        if not (self._waits_for and self._waits_for.cancel(msg)):
+        if not (self._waits_for and self._waits_for.cancel()):
             self._is_cancelled = True
 
     def _go_on(self, _: object = None) -> None:
