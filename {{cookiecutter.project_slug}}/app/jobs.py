@@ -34,24 +34,35 @@ class Job:
             self._context.run(self._go_on)
 
     def cancel(self, msg: object = None) -> None:
-        """Have what it waits for raise `asyncio.CancelledError`, now or the next time."""
+        """Raise `asyncio.CancelledError` where it waits, or else where it waits next."""
         if not (self._waits_for and self._waits_for.cancel()):
             self._is_cancelled = True
 
     def _go_on(self, _: object = None) -> None:
         self._waits_for = None
         try:
-            future = self._coroutine.send(None)
+            if self._is_cancelled:
+                # What it waited for was done already, and it has not been told yet.
+                self._is_cancelled = False
+                future = self._coroutine.throw(asyncio.CancelledError())
+            else:
+                future = self._coroutine.send(None)
         except (StopIteration, asyncio.CancelledError):
             self._on_end(self)
         except BaseException as error:
             self._on_end(self)
             context = {"message": "a request failed", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
+            # The error knows this frame; the frame must not know the error.
+            del context
         else:
             self._wait_for(future)
 
     def _wait_for(self, future: Any) -> None:
+        if future is None:
+            # A bare `yield`, as of `asyncio.sleep(0)`: to let others go first.
+            asyncio.get_running_loop().call_soon(self._go_on, context=self._context)
+            return
         # By this asyncio.Future tells an `await` from a `yield`; whoever gets it takes it back.
         future._asyncio_future_blocking = False  # noqa: SLF001
         self._waits_for = future

@@ -126,8 +126,10 @@ USUAL_STATUSES = (200, 422, 429, 500, 503, 504)
 
 
 class _CountedLater:
-    """Counts what happens in a turn of the event loop in the next one: so in one go, and once
-    the answers have been sent."""
+    """Counts what happens in a turn of the event loop in the next one, in one go.
+
+    Who comes alone to a model that runs on the loop has its answer by then.
+    """
 
     _is_due = False
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from contextvars import Context
 from functools import partial
 from http import HTTPStatus
 from time import monotonic
@@ -157,6 +158,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self.is_in_message = True
+        self._idle_since = None
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -215,8 +217,9 @@ class Protocol(HttpToolsProtocol):
             self._look_again_in(self.timeout_keep_alive)
 
     def _look_again_in(self, seconds: float) -> None:
+        # Not in the context of the request that happened to be the first.
         self.timeout_keep_alive_task = self.loop.call_later(
-            seconds, self.timeout_keep_alive_handler
+            seconds, self.timeout_keep_alive_handler, context=Context()
         )
 
     def timeout_keep_alive_handler(self) -> None:

@@ -97,6 +97,49 @@ async def test_cancelled_while_it_waits() -> None:
 
 
 @in_a_loop
+async def test_cancelled_when_what_it_waits_for_is_there_it_never_hears_of_that() -> None:
+    first, second = asyncio.Future[None](), asyncio.Future[None]()
+    got: list[str] = []
+
+    async def work() -> None:
+        try:
+            await first
+            got.append("first")
+        except asyncio.CancelledError:
+            got.append("cancelled")
+            await second
+            got.append("second")
+
+    followed = Followed(work())
+    followed.job.begin()
+    first.set_result(None)
+    followed.job.cancel()
+    followed.job.cancel()
+    await turns()
+    assert got == ["cancelled"]
+    second.set_result(None)
+    await turns()
+    assert got == ["cancelled", "second"]
+    assert followed.ended == 1
+
+
+@in_a_loop
+async def test_may_let_others_go_first() -> None:
+    got: list[str] = []
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+        got.append("job")
+
+    followed = Followed(work())
+    followed.job.begin()
+    got.append("others")
+    await turns()
+    assert got == ["others", "job"]
+    assert followed.ended == 1
+
+
+@in_a_loop
 async def test_may_go_on_after_it_was_cancelled() -> None:
     future, later = asyncio.Future[None](), asyncio.Future[str]()
     got: list[str] = []
