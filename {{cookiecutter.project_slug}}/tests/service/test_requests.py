@@ -14,7 +14,7 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from app.protocol import Outbox, Protocol
+from app.protocol import Exchange, Outbox, Protocol
 from tests.service.server import FAKES, Service, Start, assert_problem, publish
 
 JSON = {"Content-Type": "application/json"}
@@ -457,6 +457,41 @@ def test_who_asks_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         assert connection.is_closed
         protocol.connection_lost(None)
         assert protocol.timeout_keep_alive_task is None
+
+    asyncio.run(test())
+
+
+def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("app.protocol.monotonic", lambda: now)
+
+    class App:
+        refused = 0
+
+        def begin(self, exchange: Exchange, **_: bool) -> None:
+            if not self.refused:
+                self.refused += exchange.respond(429, b"content-length: 0\r\n", b"")
+
+        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        nonlocal now
+        config = Config(App(), http=Protocol, timeout_keep_alive=75, proxy_headers=False)
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        connection = Connection()
+        protocol.connection_made(connection)
+        protocol.data_received(2 * b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0)
+        assert connection.sent.count(b"429") == 1
+        assert len(protocol.tasks) == 1
+        now += 76
+        protocol.timeout_keep_alive_handler()
+        assert not connection.is_closed
+        protocol.connection_lost(None)
 
     asyncio.run(test())
 
