@@ -9,7 +9,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Annotated, Any
 
@@ -60,7 +60,7 @@ RAW_MEDIA_TYPE = b"application/octet-stream"
 """Of a body that is the numbers of the only feature; see app.tensor."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Call:
     """A request to a JSON endpoint, its body aside."""
 
@@ -72,24 +72,25 @@ class Call:
     exchange: Exchange | None = None
     """What app.protocol has to offer, if it is the one that serves."""
 
-    deadline: float = 0
+    # What is mostly as it is here is an attribute of the class, which takes no time.
+    deadline: float = field(default=0, init=False)
     """By `monotonic`. Zero until `JsonRoute.admit` has found nothing against the call."""
 
-    priority: int = DEFAULT_PRIORITY
-    use: CacheUse = CacheUse.NORMAL
-    span: RequestSpan | None = None
+    priority: int = field(default=DEFAULT_PRIORITY, init=False)
+    use: CacheUse = field(default=CacheUse.NORMAL, init=False)
+    span: RequestSpan | None = field(default=None, init=False)
     """If it is traced."""
 
-    parsed: tuple[float, float] | None = None
+    parsed: tuple[float, float] | None = field(default=None, init=False)
     """When validation began and ended, by `monotonic`, if it is traced."""
 
-    timings: Timings | None = None
+    timings: Timings | None = field(default=None, init=False)
     """How the rows fared that the model was asked for."""
 
-    cache: CacheStatus | None = None
+    cache: CacheStatus | None = field(default=None, init=False)
     """What the cache had for it."""
 
-    reply_headers: RawHeaders = ()
+    reply_headers: RawHeaders = field(default=(), init=False)
     """Of the answer, beside those that every one has."""
 
     @property
@@ -215,7 +216,7 @@ class JsonRoute:
         try:
             return to_json(await self._endpoint(body, call), by_alias=True)
         except asyncio.CancelledError:
-            if not (call.exchange and call.exchange.has_left):
+            if not (call.exchange and call.exchange.disconnected):
                 raise
             raise ClientLeft from None
         finally:

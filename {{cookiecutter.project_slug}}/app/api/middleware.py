@@ -66,23 +66,20 @@ class RequestContext:
         self.app = app
         self.routes = routes
         self.plain_paths = {path.encode(): path for path in routes}
-        """Of `routes`, as they are sent. Read by app.protocol."""
+        """Of `routes`, as they are sent. Read by app.protocol, which has requests to them begun."""
 
         self.lifecycle = lifecycle
         self.observers = observers
 
     def begin(self, exchange: Exchange, *, may_refuse: bool) -> Coroutine[Any, Any, None] | None:
-        """What is left to do for a request to one of `routes`, or None: see `__call__`.
+        """What is left to do for a request to one of `routes`; None: it was refused.
 
-        app.protocol asks this before it makes a job of the request, and makes one of what it
-        gets. While there is too much to do, to say so has to cost as little as can be, or
-        nothing else gets done, so a request may be refused here, and is answered then.
+        app.protocol asks this before it makes a job of the request. While there is too much to
+        do, to say so has to cost as little as can be, or nothing else gets done.
         """
-        scope, receive, send = exchange.asgi
-        route = self._route(scope)
-        if route is None:
-            return None
-        call = self._call(scope, exchange)
+        route, headers = self.routes[exchange.path], exchange.headers
+        call = Call(request_id_of(headers), perf_counter(), headers, exchange)
+        self.observers.begin(call, "POST", route.path)
         # A process that ends closes its connections, too.
         if may_refuse and not self.lifecycle.is_ending:
             try:
@@ -90,25 +87,18 @@ class RequestContext:
             except ServiceError as error:
                 # None of these closes the connection.
                 self._respond(call, problem_reply(error, call.request_id))
-                self.observers.end(call, scope, error.status, route)
+                self.observers.end(call, error.status, route)
                 return None
-        return self._answer(route, call, scope, receive, send)
-
-    def _call(self, scope: Scope, exchange: Exchange | None = None) -> Call:
-        headers = dict(scope["headers"])
-        call = Call(request_id_of(headers), perf_counter(), headers, exchange)
-        self.observers.begin(call, scope)
-        return call
-
-    def _route(self, scope: Scope) -> JsonRoute | None:
-        return self.routes.get(scope["path"]) if scope["method"] == "POST" else None
+        return self._answer(route, call, *exchange.asgi)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        call = self._call(scope)
-        if route := self._route(scope):
+        headers = dict(scope["headers"])
+        call = Call(request_id_of(headers), perf_counter(), headers)
+        self.observers.begin(call, scope["method"], scope["path"])
+        if scope["method"] == "POST" and (route := self.routes.get(scope["path"])):
             await self._answer(route, call, scope, receive, send)
             return
 
@@ -131,7 +121,7 @@ class RequestContext:
             log.exception("unhandled error")
             if not status:
                 await problem_response(unforeseen(), call.request_id)(scope, receive, send_and_note)
-        self.observers.end(call, scope, status)
+        self.observers.end(call, status, scope=scope)
 
     def _in_context(self, call: Call, send: Send) -> Send:
         """`send`, with the headers that every answer has."""
@@ -157,13 +147,13 @@ class RequestContext:
             content = await route.answer(call, receive)
             reply = Reply(200, JSON, content, call.reply_headers)
         except ClientLeft:
-            self.observers.end(call, scope, CLIENT_LEFT, route)
+            self.observers.end(call, CLIENT_LEFT, route)
             return
         except BodyTooLarge as error:
             response = problem_response(error, call.request_id)
             # It reads on for a while before it closes, by a clock that a task has to have.
             await asyncio.create_task(response(scope, receive, self._in_context(call, send)))
-            self.observers.end(call, scope, error.status, route)
+            self.observers.end(call, error.status, route)
             return
         except ServiceError as error:
             reply = problem_reply(error, call.request_id)
@@ -173,7 +163,7 @@ class RequestContext:
         may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
             await reply.send(self._in_context(call, send))
-        self.observers.end(call, scope, reply.status, route)
+        self.observers.end(call, reply.status, route)
 
     def _respond(self, call: Call, reply: Reply) -> bool:
         """Whether the reply could be sent past ASGI, and was."""

@@ -24,14 +24,36 @@ class Ended(NamedTuple):
     """A request that has been answered."""
 
     call: Call
-    scope: Scope
     status: int
     route: JsonRoute | None
-    """None: FastAPI has answered it."""
+    """None: FastAPI has answered it, and this is its scope."""
 
+    scope: Scope | None
     seconds: float
     ended: float
     """By `monotonic`."""
+
+    @property
+    def method(self) -> str:
+        return "POST" if self.route or not self.scope else str(self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        """That was asked for, as far as it is told."""
+        if self.route or not self.scope:
+            return self.route_path
+        return str(self.scope["path"])[:MAX_PATH_CHARS]
+
+    @property
+    def route_path(self) -> str:
+        """That of the route that was found; empty without one."""
+        found = self.route or (self.scope or {}).get("route")
+        return getattr(found, "path", "")
+
+    @property
+    def scheme(self) -> str:
+        exchange = self.call.exchange
+        return exchange.scheme if exchange else str((self.scope or {}).get("scheme", "http"))
 
 
 class Observers:
@@ -49,18 +71,20 @@ class Observers:
         self._ended: list[Ended] = []
         self._heads: dict[JsonRoute, bytes] = {}
 
-    def begin(self, call: Call, scope: Scope) -> None:
+    def begin(self, call: Call, method: str, path: str) -> None:
         """A request has come."""
-        if self._tracing and scope["path"] not in self._quiet:
-            call.span = self._tracing.begin(call.headers, scope["method"], call.started)
+        if self._tracing and path not in self._quiet:
+            call.span = self._tracing.begin(call.headers, method, call.started)
 
-    def end(self, call: Call, scope: Scope, status: int, route: JsonRoute | None = None) -> None:
+    def end(
+        self, call: Call, status: int, route: JsonRoute | None = None, scope: Scope | None = None
+    ) -> None:
         """It has been answered with `status`, or is not to be answered any more."""
         if not self._ended:
             # Not in the context of the one that happens to be the first.
             asyncio.get_running_loop().call_soon(self._tell, context=Context())
         seconds = perf_counter() - call.started
-        self._ended.append(Ended(call, scope, status, route, seconds, monotonic()))
+        self._ended.append(Ended(call, status, route, scope, seconds, monotonic()))
 
     def _tell(self) -> None:
         all_ended, self._ended = self._ended, []
@@ -78,7 +102,8 @@ class Observers:
             route.metrics.ended(statuses, [ended.seconds for ended in those])
 
     def _tell_of(self, ended: Ended) -> None:
-        level = logging.DEBUG if ended.scope["path"] in self._quiet else logging.INFO
+        is_quiet = ended.route is None and ended.path in self._quiet
+        level = logging.DEBUG if is_quiet else logging.INFO
         if self._access_log.takes(level):
             if ended.route and self._access_log.writes_json:
                 self._access_log.write_json(level, self._json(ended, ended.route))
@@ -137,8 +162,8 @@ def _fields(ended: Ended) -> dict[str, Any]:
     """Of its line in the log."""
     call, route = ended.call, ended.route
     fields: dict[str, Any] = {
-        "method": ended.scope["method"],
-        "path": ended.scope["path"][:MAX_PATH_CHARS],
+        "method": ended.method,
+        "path": ended.path,
         "status": int(ended.status),
         "duration_ms": _ms(ended.seconds),
         "request_id": call.request_id,
@@ -161,14 +186,14 @@ def _fields(ended: Ended) -> dict[str, Any]:
 
 
 def _end_span(ended: Ended) -> None:
-    call, route, scope = ended.call, ended.route, ended.scope
+    call, route = ended.call, ended.route
     attributes: dict[str, Any] = {
-        "http.request.method": scope["method"],
-        "url.path": scope["path"][:MAX_PATH_CHARS],
-        "url.scheme": scope["scheme"],
+        "http.request.method": ended.method,
+        "url.path": ended.path,
+        "url.scheme": ended.scheme,
         "request.id": call.request_id,
     }
-    if path := route.path if route else getattr(scope.get("route"), "path", None):
+    if path := ended.route_path:
         attributes["http.route"] = path
     if route:
         attributes["model.name"] = route.model.name

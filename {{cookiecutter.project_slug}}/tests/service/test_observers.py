@@ -36,8 +36,7 @@ def route(version: str | None) -> JsonRoute:
 
 
 def ended(of: JsonRoute, call: Call) -> Ended:
-    scope = {"method": "POST", "path": "/v1/predict"}
-    return Ended(call, scope, 200, of, seconds=0.125, ended=10.0)
+    return Ended(call, 200, of, scope=None, seconds=0.125, ended=10.0)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,8 @@ def ended(of: JsonRoute, call: Call) -> Ended:
 def test_a_line_is_the_same_as_bytes_and_as_fields(
     observers: Observers, timings: Timings | None, cache: Any, headers: dict[bytes, bytes]
 ) -> None:
-    call = Call("an-id", 0.0, headers, timings=timings, cache=cache)
+    call = Call("an-id", 0.0, headers)
+    call.timings, call.cache = timings, cache
     of = route("1")
     line = observers._json(ended(of, call), of) + b"}"
     assert json.loads(line) == _fields(ended(of, call))

@@ -5,9 +5,9 @@ import json
 import random
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2 as httpx
 import pytest
@@ -253,6 +253,24 @@ def test_what_looks_like_such_an_offer_in_a_body_stays_there(service: Service) -
     assert answer.startswith(b"HTTP/1.1 422 ")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"POST /v1/predict HTTP/1.0",
+        b"POST /v1/predict HTTP/1.1",
+        b"POST /v1/predict?from=a-form HTTP/1.1",
+        b"POST /v1/pre%64ict HTTP/1.1",
+    ],
+)
+def test_a_prediction_however_it_is_asked_for(service: Service, line: bytes) -> None:
+    body = json.dumps(GOOD).encode()
+    head = b"\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    answer = exchange(service, line + head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"\r\nx-request-id: ") == 1
+    assert b'"prediction":{"y":42.0}' in answer
+
+
 def test_what_follows_an_answer_to_the_header_alone_does_no_harm(service: Service) -> None:
     # Refused while its header is parsed; its body and what comes after that are still to come.
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -467,15 +485,21 @@ def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
     now = 1000.0
     monkeypatch.setattr("app.protocol.monotonic", lambda: now)
 
+    async def wait_for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
     class App:
         refused = 0
+        plain_paths: ClassVar = {b"/": "/"}
 
-        def begin(self, exchange: Exchange, **_: bool) -> None:
+        def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None] | None:
             if not self.refused:
                 self.refused += exchange.respond(429, b"content-length: 0\r\n", b"")
+                return None
+            return wait_for_ever()
 
         async def __call__(self, _: Any, __: Any, ___: Any) -> None:
-            await asyncio.Event().wait()
+            raise AssertionError
 
     async def test() -> None:
         nonlocal now
@@ -484,7 +508,7 @@ def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
         protocol = Protocol(config, ServerState(), {})
         connection = Connection()
         protocol.connection_made(connection)
-        protocol.data_received(2 * b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        protocol.data_received(2 * b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
         await asyncio.sleep(0)
         assert connection.sent.count(b"429") == 1
         assert len(protocol.tasks) == 1
