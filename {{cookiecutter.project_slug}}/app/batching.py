@@ -137,7 +137,7 @@ class Timings:
     """The first with some of them, once it has begun."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class _Request(Generic[RowT, OutcomeT]):
     """Rows that one caller waits for. They may end up in several batches, in order."""
 
@@ -153,8 +153,8 @@ class _Request(Generic[RowT, OutcomeT]):
     waiting: int
     """Rows that are in no batch yet."""
 
-    answered: int = 0
-    outcomes: dict[int, Sequence[OutcomeT]] | None = None
+    answered: int = field(default=0, init=False)
+    outcomes: dict[int, Sequence[OutcomeT]] | None = field(default=None, init=False)
     """By the number of their first row; batches may end in another order than they began."""
 
     def withdraw(self) -> None:
@@ -467,20 +467,23 @@ class Collector(Generic[RowT, OutcomeT]):
         """Take up to `max_rows` rows of one shape from the queues, by priority and arrival."""
         parts: _Parts[RowT, OutcomeT] = []
         room = self.limits.max_rows
-        for queue in self._next_queues(now):
+        for group in self._next_groups(now):
+            queue = self._queues[group]
             while room and (request := self._head(queue, now)):
-                waiting = request.waiting
-                first = len(request.rows) - waiting
-                if waiting <= room:
-                    rows = request.rows[first:] if first else request.rows
-                    self._leave_queue(request)
-                else:
-                    waiting = room
-                    rows = request.rows[first : first + room]
-                    self.rows_waiting -= room
+                bound = min(request.waiting, room)
+                first = len(request.rows) - request.waiting
+                rows = request.rows
+                if bound < len(rows):
+                    rows = rows[first : first + bound]
                 parts.append(_Part(request, first, rows))
-                request.waiting -= waiting
-                room -= waiting
+                request.waiting -= bound
+                room -= bound
+                if not request.waiting:
+                    del queue[request]
+            if not queue:
+                # Unless the last one had expired.
+                self._queues.pop(group, None)
+        self.rows_waiting -= self.limits.max_rows - room
         return parts
 
     def _head(
@@ -494,15 +497,14 @@ class Collector(Generic[RowT, OutcomeT]):
             self._expire(request)
         return None
 
-    def _next_queues(self, now: float) -> list[OrderedDict[_Request[RowT, OutcomeT], None]]:
+    def _next_groups(self, now: float) -> list[Group]:
         """All of the shape whose turn it is, by priority."""
         groups = list(self._queues.items())
         heads = {group: head.number for group, queue in groups if (head := self._head(queue, now))}
         if not heads:
             return []
         _, shape = min(heads, key=lambda group: (group[0], heads[group]))
-        same = sorted((group for group in heads if group[1] == shape), key=itemgetter(0))
-        return [self._queues[group] for group in same]
+        return sorted((group for group in heads if group[1] == shape), key=itemgetter(0))
 
     def _run_next(self, batch: _Batch[RowT, OutcomeT]) -> None:
         """Run what is left to run of `batch`, and free its slot when that is nothing."""

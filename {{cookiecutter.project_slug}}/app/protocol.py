@@ -4,7 +4,6 @@ import asyncio
 import re
 from collections.abc import Mapping
 from contextvars import Context
-from functools import cached_property
 from http import HTTPStatus
 from time import monotonic
 from typing import Any, ClassVar
@@ -74,6 +73,8 @@ class Exchange(RequestResponseCycle):
     is_waiting = False
     """Whether the job is to be cancelled when the client leaves."""
 
+    _event: asyncio.Event | None = None
+
     def __init__(
         self, protocol: "Protocol", path: str, headers: dict[bytes, bytes], *, keep_alive: bool
     ) -> None:
@@ -99,13 +100,14 @@ class Exchange(RequestResponseCycle):
     def default_headers(self) -> Any:  # type: ignore[override]
         return self._protocol.server_state.default_headers
 
-    @cached_property
+    @property
     def message_event(self) -> Any:  # type: ignore[override]
         """Whether there is something to receive. Mostly nobody waits for that."""
-        event = asyncio.Event()
-        if self.body or self.disconnected or not self.more_body:
-            event.set()
-        return event
+        if self._event is None:
+            self._event = asyncio.Event()
+            if self.body or self.disconnected or not self.more_body:
+                self._event.set()
+        return self._event
 
     @property
     def scheme(self) -> str:
@@ -122,17 +124,10 @@ class Exchange(RequestResponseCycle):
         """Whether `respond` would send an answer."""
         return self.keep_alive and not (self.response_started or self.flow.write_paused)
 
-    def received(self, body: bytes) -> None:
-        """A part of the body, the last one if it is empty."""
-        if body:
-            self.body += body
-        else:
-            self.more_body = False
-        self._tell_receiver()
-
-    def _tell_receiver(self) -> None:
-        if "message_event" in self.__dict__:
-            self.message_event.set()
+    def wake_receiver(self) -> None:
+        """There is something to receive."""
+        if self._event:
+            self._event.set()
 
     def take_content(self, max_bytes: int) -> bytes | None:
         """The body, if all of it is there, is not too long, and the client is there, too."""
@@ -148,7 +143,7 @@ class Exchange(RequestResponseCycle):
         if self.response_complete:
             return
         self.disconnected = True
-        self._tell_receiver()
+        self.wake_receiver()
         if self.job and self.is_waiting:
             self.job.cancel()
 
@@ -171,7 +166,7 @@ class Exchange(RequestResponseCycle):
                 protocol.outbox.send_at_once(self.transport, data)
             else:
                 protocol.outbox.put(self.transport, data)
-            self._tell_receiver()
+            self.wake_receiver()
             # The next request of a pipeline begins in the next turn, so after the outbox.
             protocol.on_response_complete()
             # Freed while they are in the CPU's cache: with hundreds of connections they are not
@@ -257,13 +252,14 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        exchange = self.cycle
-        if not isinstance(exchange, Exchange):
+        cycle = self.cycle
+        if not isinstance(cycle, Exchange):
             super().on_body(body)
-        elif not exchange.response_complete:
-            exchange.received(body)
-            if len(exchange.body) > HIGH_WATER_LIMIT:
+        elif not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
+            cycle.wake_receiver()
 
     def on_message_complete(self) -> None:
         self.is_in_message = False
@@ -271,7 +267,8 @@ class Protocol(HttpToolsProtocol):
         if not isinstance(cycle, Exchange):
             super().on_message_complete()
         elif not cycle.response_complete:
-            cycle.received(b"")
+            cycle.more_body = False
+            cycle.wake_receiver()
         if cycle.response_complete and self._idle_since is None:
             # It was answered before its body was there, which ended the wait for the next one.
             self._wait_for_request()

@@ -289,12 +289,9 @@ class ServedModel:
         Raises:
             NotReady, Overloaded: it would not.
         """
-        self._accepting().admit(1, deadline)
-
-    def _accepting(self) -> Collector[BaseFeatures, Outcome]:
         if self._collector is None:
             raise NotReady(f"Model {self.name} is {self.state}.")
-        return self._collector
+        self._collector.admit(1, deadline)
 
     def submit(
         self,
@@ -311,7 +308,9 @@ class ServedModel:
             NotReady, Overloaded: they were not taken.
             PredictionFailed: the predictor cannot tell the shape of a row.
         """
-        collector = self._accepting()
+        collector = self._collector
+        if collector is None:
+            raise NotReady(f"Model {self.name} is {self.state}.")
         if not self._has_shapes:
             group = (priority, None)
             return collector.enqueue(rows, deadline, outlet, group=group, is_alone=is_alone)

@@ -41,7 +41,9 @@ MAX_TRACESTATE = 512
 def trace_id_of(headers: Headers) -> str | None:
     """That of the caller's `traceparent`, if it is one."""
     given = headers.get(b"traceparent")
-    found = TRACEPARENT.fullmatch(given) if given else None
+    if given is None:
+        return None
+    found = TRACEPARENT.fullmatch(given)
     return found[1].decode() if found else None
 
 

@@ -228,12 +228,14 @@ class JsonRoute:
         Raises:
             UnsupportedMediaType: the body is not declared as something that can be read.
         """
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None and encoding.lower() != b"identity":
             raise UnsupportedMediaType("Send the body without Content-Encoding.")
         content_type = headers.get(b"content-type", b"")
-        if self._parse_raw and content_type == RAW_MEDIA_TYPE:
+        if content_type == RAW_MEDIA_TYPE and self._parse_raw:
             return self._parse_raw
-        if not is_json(content_type):
+        # Mostly it is written so, and then there is nothing to take apart.
+        if content_type != b"application/json" and not is_json(content_type):
             raise UnsupportedMediaType("Send JSON in UTF-8, with Content-Type: application/json.")
         return self._parse
 
@@ -305,8 +307,6 @@ def _cache_use(headers: Headers) -> CacheUse:
 
 def is_json(content_type: bytes) -> bool:
     """Whether it says plain JSON in UTF-8."""
-    if content_type == b"application/json":
-        return True
     media_type, *parameters = content_type.decode("latin-1").lower().split(";")
     charsets = [value.strip() for value in parameters if value.strip().startswith("charset=")]
     is_utf8 = all(value.strip('charset="') in ("utf-8", "utf8") for value in charsets)

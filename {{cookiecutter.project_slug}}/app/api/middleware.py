@@ -31,8 +31,8 @@ TRACE = b"traceresponse"
 
 def request_id_of(headers: Headers) -> str:
     """The caller's, if it is sane, or a new one."""
-    given = headers.get(b"x-request-id", b"")
-    if SANE_REQUEST_ID.fullmatch(given):
+    given = headers.get(b"x-request-id")
+    if given is not None and SANE_REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
     # It names a request and protects nothing.
     return f"{getrandbits(128):032x}"
