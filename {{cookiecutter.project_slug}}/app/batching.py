@@ -338,7 +338,10 @@ class Collector(Generic[RowT, OutcomeT]):
                 self._accepted.add(request, deadline)
         else:
             self._accepted.add(request, deadline)
-            self._queues.setdefault(group, OrderedDict())[request] = None
+            queue = self._queues.get(group)
+            if queue is None:
+                queue = self._queues[group] = OrderedDict()
+            queue[request] = None
             self.rows_waiting += len(rows)
             if self._batches:
                 self._metrics.waiting(self.rows_waiting)

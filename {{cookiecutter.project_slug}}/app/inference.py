@@ -3,9 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from app import metrics
 from app.batching import Outlet, Ticket, Timings, outcomes_of
@@ -37,7 +38,8 @@ class CacheUse(Enum):
     NONE = "none"
 
 
-class Answer(NamedTuple):
+@dataclass(slots=True)
+class Answer:
     """What a model said, and which version said it."""
 
     version: str

@@ -22,6 +22,8 @@ from uvicorn.protocols.http.httptools_impl import (
 from app.errors import PROBLEM_MEDIA_TYPE, Problem
 from app.jobs import Inbox, Job
 
+NO_HEADERS: Mapping[bytes, bytes] = {}
+
 H2C_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
@@ -76,7 +78,7 @@ class Exchange(RequestResponseCycle):
     _event: asyncio.Event | None = None
 
     def __init__(
-        self, protocol: "Protocol", path: str, headers: dict[bytes, bytes], *, keep_alive: bool
+        self, protocol: "Protocol", path: str, headers: Mapping[bytes, bytes], *, keep_alive: bool
     ) -> None:
         self._protocol = protocol
         self.path = path
@@ -155,24 +157,25 @@ class Exchange(RequestResponseCycle):
         """
         if not self.may_respond:
             return False
-        if not self.disconnected:
-            self.response_started = self.response_complete = True
-            protocol = self._protocol
-            data = b"".join(
-                (STATUS_LINE[status], protocol.usual_header_lines(), headers, b"\r\n", content)
-            )
-            if self.is_alone:
-                protocol.outbox.send()
-                protocol.outbox.send_at_once(self.transport, data)
-            else:
-                protocol.outbox.put(self.transport, data)
-            self.wake_receiver()
-            # The next request of a pipeline begins in the next turn, so after the outbox.
-            protocol.on_response_complete()
-            # Freed while they are in the CPU's cache: with hundreds of connections they are not
-            # when the next request comes.
-            self.body, self.headers = b"", {}
-            protocol.forget_headers_of(self)
+        if self.disconnected:
+            return True
+        self.response_started = self.response_complete = True
+        protocol = self._protocol
+        usual = protocol.usual_header_lines()
+        data = b"".join((STATUS_LINE[status], usual, headers, b"\r\n", content))
+        if self.is_alone:
+            protocol.outbox.send()
+            protocol.outbox.send_at_once(self.transport, data)
+        else:
+            protocol.outbox.put(self.transport, data)
+        # The next request of a pipeline begins in the next turn, so after the outbox.
+        protocol.on_response_complete()
+        # Freed while they are in the CPU's cache: with hundreds of connections they are not when
+        # the next request comes.
+        self.body, self.headers = b"", NO_HEADERS
+        if protocol.cycle is self:
+            # Its body may still come, and bring trailers, which are headers to the parser.
+            protocol.headers = []
         return True
 
     def on_response(self) -> None:
@@ -278,7 +281,8 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
@@ -322,11 +326,6 @@ class Protocol(HttpToolsProtocol):
             # uvicorn waits for them when it stops, and cancels them after a while.
             self.tasks.add(job)  # type: ignore[arg-type]
             self.inbox.put(job)
-
-    def forget_headers_of(self, exchange: Exchange) -> None:
-        if self.cycle is exchange:
-            # Its body may still come, and bring trailers, which are headers to the parser.
-            self.headers = []
 
     def shutdown(self) -> None:
         self.outbox.send()

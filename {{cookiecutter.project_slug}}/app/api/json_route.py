@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_json
 from starlette.types import Receive
 
 from app import inference
@@ -119,8 +118,8 @@ def _documented(
 class Endpoint:
     """A function that answers, and what FastAPI is told of it."""
 
-    function: Callable[[Any, Call], Awaitable[Mapping[str, Any]]]
-    """Gets the body, and gives the fields of the answer, which may hold pydantic models."""
+    function: Callable[[Any, Call], Awaitable[bytes]]
+    """Gets the body, and gives the JSON of the answer."""
 
     request_type: type[BaseModel]
     response_type: type[BaseModel]
@@ -214,7 +213,7 @@ class JsonRoute:
         if call.exchange:
             call.exchange.is_waiting = True
         try:
-            return to_json(await self._endpoint(body, call), by_alias=True)
+            return await self._endpoint(body, call)
         except asyncio.CancelledError:
             if not (call.exchange and call.exchange.disconnected):
                 raise

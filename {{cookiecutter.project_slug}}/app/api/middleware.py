@@ -169,7 +169,7 @@ class RequestContext:
         """Whether the reply could be sent past ASGI, and was."""
         if call.exchange is None:
             return False
-        lines = reply.header_lines + b"x-request-id: %b\r\n" % call.request_id.encode()
+        lines = reply.header_lines(call.request_id)
         if call.span:
             lines += b"%b: %b\r\n" % (TRACE, call.span.header)
         return call.exchange.respond(reply.status, lines, reply.content)

@@ -4,8 +4,9 @@ import asyncio
 import logging
 from collections.abc import Collection
 from contextvars import Context
+from dataclasses import dataclass
 from time import monotonic, perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic_core import to_json
 from starlette.types import Scope
@@ -20,7 +21,8 @@ MAX_PATH_CHARS = 200
 """Of a path that somebody asked for, in the log or a trace."""
 
 
-class Ended(NamedTuple):
+@dataclass(slots=True)
+class Ended:
     """A request that has been answered."""
 
     call: Call

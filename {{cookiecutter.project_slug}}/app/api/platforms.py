@@ -13,12 +13,20 @@ from collections.abc import Collection, Container
 from typing import Any
 
 from fastapi import FastAPI, Response
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
+from pydantic_core import to_json
 from starlette.routing import Match
 
 from app.api.instrumentation import METRICS
 from app.api.json_route import CallParameter, Endpoint
-from app.api.predict import PredictionRoutes, batch_endpoint, declare_body, title_of
+from app.api.predict import (
+    BatchRequest,
+    PredictionRoutes,
+    batch_endpoint,
+    declare_body,
+    score_instances,
+    title_of,
+)
 from app.api.probes import READY
 from app.errors import StartupError
 from app.lifecycle import Lifecycle
@@ -69,19 +77,19 @@ def _check(
 
 
 def _instances_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
-    batch = batch_endpoint(model, max_instances)
+    request = batch_endpoint(model, max_instances).request_type
     title = title_of(model)
     request_type = create_model(
         f"{title}PlatformRequest",
-        __base__=batch.request_type,
+        __base__=request,
         parameters=(dict[str, Any] | None, Field(default=None, max_length=0)),
     )
     predictions = list[model.predictor_class.prediction]  # type: ignore[name-defined]
     response_type = create_model(f"{title}PlatformResponse", predictions=(predictions, ...))
 
-    async def predict(body: BaseModel, call: CallParameter) -> dict[str, Any]:
-        answer = await batch.function(body, call)
-        return {"predictions": answer["predictions"]}
+    async def predict(body: BatchRequest, call: CallParameter) -> bytes:
+        answer = await score_instances(model, body, call)
+        return to_json({"predictions": answer.outcomes}, by_alias=True)
 
     example = {"instances": [model.predictor_class.example.model_dump(mode="json", by_alias=True)]}
     declare_body(predict, request_type, example)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
-from time import perf_counter
+from time import perf_counter, time
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
+from pydantic_core import to_json
 
 from app import inference
 from app.api.json_route import Call, CallParameter, Endpoint, JsonRoute
@@ -123,13 +124,14 @@ def _single(model: ServedModel) -> Endpoint:
         f"{title}PredictResponse", __base__=PredictResponse, prediction=(predictor.prediction, ...)
     )
     example = {"features": predictor.example.model_dump(mode="json", by_alias=True)}
+    answer_with = _Envelope(model, "prediction")
 
-    async def predict(body: PredictRequest, call: CallParameter) -> dict[str, Any]:
+    async def predict(body: PredictRequest, call: CallParameter) -> bytes:
         answer = await inference.predict(model, [body.features], call)
         if answer.errors:
             raise _refused(answer.errors, lambda _: "features")
         call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
-        return {**_envelope(call, model, answer), "prediction": answer.outcomes[0]}
+        return answer_with(answer.outcomes[0], call, answer)
 
     declare_body(predict, request_type, example)
     return Endpoint(predict, request_type, response_type, f"Score one row with {model.name}")
@@ -137,6 +139,12 @@ def _single(model: ServedModel) -> Endpoint:
 
 def batch_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
     """Scores the `instances` of a request, and answers with as many `predictions`."""
+    answer_with = _Envelope(model, "predictions")
+
+    async def predict(body: BatchRequest, call: CallParameter) -> bytes:
+        answer = await score_instances(model, body, call)
+        return answer_with(answer.outcomes, call, answer)
+
     predictor = model.predictor_class
     title = title_of(model)
     rows = Annotated[list[predictor.features], Field(min_length=1, max_length=max_instances)]  # type: ignore[name-defined]
@@ -150,15 +158,21 @@ def batch_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
     )
     example = {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]}
 
-    async def predict(body: BatchRequest, call: CallParameter) -> dict[str, Any]:
-        answer = await inference.predict(model, body.instances, call)
-        if answer.errors:
-            raise _refused(answer.errors, lambda row: f"instances.{row}")
-        call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
-        return {**_envelope(call, model, answer), "predictions": answer.outcomes}
-
     declare_body(predict, request_type, example)
     return Endpoint(predict, request_type, response_type, f"Score rows with {model.name}")
+
+
+async def score_instances(model: ServedModel, body: BatchRequest, call: Call) -> inference.Answer:
+    """
+    Raises:
+        InvalidInput: the model could not score some of them.
+        ServiceError: see `inference.predict`.
+    """
+    answer = await inference.predict(model, body.instances, call)
+    if answer.errors:
+        raise _refused(answer.errors, lambda row: f"instances.{row}")
+    call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
+    return answer
 
 
 def declare_body(
@@ -180,14 +194,48 @@ def _cache_headers(answer: inference.Answer) -> RawHeaders:
     return CACHE_HEADERS[answer.cache]
 
 
-def _envelope(call: Call, model: ServedModel, answer: inference.Answer) -> dict[str, Any]:
-    return {
-        "request_id": call.request_id,
-        "model": model.name,
-        "model_version": answer.version,
-        "processing_time_ms": round((perf_counter() - call.started) * 1000, 3),
-        "timestamp": datetime.now(UTC),
-    }
+class _Envelope:
+    """The JSON of an answer, in half of the time that a serializer takes for all of its fields."""
+
+    def __init__(self, model: ServedModel, field: str) -> None:
+        self._model = model
+        self._field = field.encode()
+        self._parts: dict[str, bytes] = {}
+        """The fields after the request's id, by version of the model."""
+
+        self._now = _Clock()
+
+    def __call__(self, said: object, call: Call, answer: inference.Answer) -> bytes:
+        part = self._parts.get(answer.version) or self._part(answer.version)
+        ms = int((perf_counter() - call.started) * 1e6) / 1000
+        # What is sane as a request id needs no escapes.
+        return b'{"request_id":"%b",%b,"processing_time_ms":%b,"timestamp":%b,"%b":%b}' % (
+            call.request_id.encode(),
+            part,
+            str(ms).encode(),
+            self._now(),
+            self._field,
+            to_json(said, by_alias=True),
+        )
+
+    def _part(self, version: str) -> bytes:
+        part = to_json({"model": self._model.name, "model_version": version})[1:-1]
+        self._parts[version] = part
+        return part
+
+
+class _Clock:
+    """The time as JSON, to the millisecond."""
+
+    def __init__(self) -> None:
+        self._at = 0
+        self._text = b""
+
+    def __call__(self) -> bytes:
+        at = int(time() * 1000)
+        if at != self._at:
+            self._at, self._text = at, to_json(datetime.fromtimestamp(at / 1000, UTC))
+        return self._text
 
 
 def _refused(errors: Mapping[int, ItemError], path_of: Callable[[int], str]) -> InvalidInput:

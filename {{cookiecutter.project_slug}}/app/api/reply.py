@@ -1,6 +1,6 @@
 """An answer as a whole: what is left of a response where nothing is streamed."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from starlette.types import Send
 
@@ -9,18 +9,19 @@ JSON = b"application/json"
 RawHeaders = tuple[tuple[bytes, bytes], ...]
 
 
-class Reply(NamedTuple):
+@dataclass(slots=True)
+class Reply:
     status: int
     media_type: bytes
     content: bytes
     headers: RawHeaders = ()
 
-    @property
-    def header_lines(self) -> bytes:
+    def header_lines(self, request_id: str) -> bytes:
         """As they go over the wire, each with its end of line."""
-        usual = b"content-type: %b\r\ncontent-length: %d\r\n" % (
+        usual = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n" % (
             self.media_type,
             len(self.content),
+            request_id.encode(),
         )
         if not self.headers:
             return usual
