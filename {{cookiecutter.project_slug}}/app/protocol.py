@@ -22,6 +22,9 @@ from uvicorn.protocols.http.httptools_impl import (
 from app.errors import PROBLEM_MEDIA_TYPE, Problem
 from app.jobs import Inbox, Job
 
+Asgi = tuple[Scope, Receive, Send]
+"""What an ASGI application is called with."""
+
 NO_HEADERS: Mapping[bytes, bytes] = {}
 
 H2C_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
@@ -92,8 +95,8 @@ class Exchange(RequestResponseCycle):
         self.body: Any = b""
 
     @property
-    def asgi(self) -> tuple[Scope, Receive, Send]:
-        """What an answer is sent by that cannot go the short way."""
+    def asgi(self) -> Asgi:
+        """For what cannot go the short way."""
         receive: Any = self.receive
         send: Any = self.send
         return self.scope, receive, send

@@ -187,8 +187,8 @@ class JsonRoute:
         inference.admit(self.model, deadline)
         call.deadline = deadline
 
-    async def answer(self, call: Call, receive: Receive) -> bytes:
-        """The JSON of the answer.
+    async def answer(self, call: Call, receive: Receive | None) -> bytes:
+        """The JSON of the answer; without `receive`, the call has an exchange.
 
         Raises:
             ServiceError: the request is refused, or the endpoint raised it.
@@ -201,7 +201,7 @@ class JsonRoute:
         parse = self._parser(call.headers)
         content = call.exchange.take_content(self._max_body_bytes) if call.exchange else None
         if content is None:
-            content = await self._read(receive, call)
+            content = await self._read(receive or call.exchange.asgi[1], call)  # type: ignore[union-attr]
         begun = monotonic() if call.span else 0.0
         try:
             body = parse(content)

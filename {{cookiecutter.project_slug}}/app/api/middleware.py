@@ -17,7 +17,7 @@ from app.api.reply import JSON, Reply
 from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
 from app.logs import current_request_id
-from app.protocol import Exchange
+from app.protocol import Asgi, Exchange
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,13 @@ def _enter(call: Call) -> None:
     current_request_id.set(call.request_id)
     if call.span:
         call.span.enter()
+
+
+def _asgi(call: Call, asgi: Asgi | None) -> Asgi:
+    if asgi is None:
+        assert call.exchange  # noqa: S101
+        return call.exchange.asgi
+    return asgi
 
 
 def unforeseen() -> ServiceError:
@@ -89,7 +96,7 @@ class RequestContext:
                 self._respond(call, problem_reply(error, call.request_id))
                 self.observers.end(call, error.status, route)
                 return None
-        return self._answer(route, call, *exchange.asgi)
+        return self._answer(route, call)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +106,7 @@ class RequestContext:
         call = Call(request_id_of(headers), perf_counter(), headers)
         self.observers.begin(call, scope["method"], scope["path"])
         if scope["method"] == "POST" and (route := self.routes.get(scope["path"])):
-            await self._answer(route, call, scope, receive, send)
+            await self._answer(route, call, (scope, receive, send))
             return
 
         scope.setdefault("state", {})["request_id"] = call.request_id
@@ -138,18 +145,17 @@ class RequestContext:
 
         return send_in_context
 
-    async def _answer(
-        self, route: JsonRoute, call: Call, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Have `route` answer."""
+    async def _answer(self, route: JsonRoute, call: Call, asgi: Asgi | None = None) -> None:
+        """Have `route` answer; without `asgi`, the call has an exchange."""
         _enter(call)
         try:
-            content = await route.answer(call, receive)
+            content = await route.answer(call, asgi[1] if asgi else None)
             reply = Reply(200, JSON, content, call.reply_headers)
         except ClientLeft:
             self.observers.end(call, CLIENT_LEFT, route)
             return
         except BodyTooLarge as error:
+            scope, receive, send = _asgi(call, asgi)
             response = problem_response(error, call.request_id)
             # It reads on for a while before it closes, by a clock that a task has to have.
             await asyncio.create_task(response(scope, receive, self._in_context(call, send)))
@@ -162,7 +168,7 @@ class RequestContext:
             reply = problem_reply(unforeseen(), call.request_id)
         may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
-            await reply.send(self._in_context(call, send))
+            await reply.send(self._in_context(call, _asgi(call, asgi)[2]))
         self.observers.end(call, reply.status, route)
 
     def _respond(self, call: Call, reply: Reply) -> bool:
