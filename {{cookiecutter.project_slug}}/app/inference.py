@@ -116,7 +116,8 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
             outcomes = await outcomes_of(partial(submit, rows))
         else:
             deadline = terms.deadline
-            outcomes, age_s = await cache.answer(rows, submit, deadline, refresh=not is_normal)
+            answered = await cache.answer(rows, submit, deadline, refresh=not is_normal)
+            outcomes, age_s = answered.outcomes, answered.age_s
     except (ServiceError, asyncio.CancelledError) as error:
         _count(model, error)
         if isinstance(error, PredictionFailed):

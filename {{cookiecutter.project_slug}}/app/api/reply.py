@@ -1,6 +1,7 @@
 """An answer as a whole: what is left of a response where nothing is streamed."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from starlette.types import Send
 
@@ -23,9 +24,7 @@ class Reply:
             len(self.content),
             request_id.encode(),
         )
-        if not self.headers:
-            return usual
-        return usual + b"".join([b"%b: %b\r\n" % header for header in self.headers])
+        return usual + _lines(self.headers) if self.headers else usual
 
     async def send(self, send: Send) -> None:
         """Send it by ASGI."""
@@ -36,3 +35,9 @@ class Reply:
         ]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.content})
+
+
+@lru_cache(maxsize=256)
+def _lines(headers: RawHeaders) -> bytes:
+    # Mostly they say how the cache was used, and for how long.
+    return b"".join([b"%b: %b\r\n" % header for header in headers])

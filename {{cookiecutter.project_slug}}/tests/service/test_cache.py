@@ -290,6 +290,25 @@ class TestAnswers:
 
         run(test)
 
+    def test_who_asks_before_an_answer_is_kept_gets_it_too(self) -> None:
+        class QuickModel(Model):
+            def submit(
+                self, rows: Sequence[BaseFeatures], outlet: Outlet[BasePrediction | ItemError]
+            ) -> Ticket[BasePrediction | ItemError]:
+                ticket = super().submit(rows, outlet)
+                self.say()
+                return ticket
+
+        async def test() -> None:
+            cached, model = cache(), QuickModel()
+            # Each is answered as soon as it asks, all in one turn of the event loop.
+            answers = [ask(cached, model, 1), ask(cached, model, 1), ask(cached, model, 2, 1)]
+            assert [ys(answer) for answer in await asyncio.gather(*answers)] == [[2], [2], [4, 2]]
+            assert model.asked == [[1], [2]]
+            assert (await ask(cached, model, 1, 2)).age_s is not None
+
+        run(test)
+
     def test_of_many_rows_only_those_that_are_not_known(self) -> None:
         async def test() -> None:
             cached, model = cache(), Model()
