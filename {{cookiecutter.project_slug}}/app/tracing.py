@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
-from random import getrandbits
+from random import getrandbits, random
 from threading import Thread
 from time import monotonic_ns, perf_counter, time_ns
 from typing import Any
@@ -33,6 +33,10 @@ TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 )
 """W3C Trace Context, section 3.2."""
+
+RATIO = re.compile(r"(?:ParentBased\{root:)?TraceIdRatioBased\{([0-9.e-]+)\}")
+"""How a sampler describes itself by which chance decides (OpenTelemetry's specification of the
+SDK, TraceIdRatioBased)."""
 
 MAX_TRACESTATE = 512
 """Characters that have to be passed on (section 3.3.1.5); of more nothing is."""
@@ -165,6 +169,10 @@ class Tracing:
         # Asked first: to make a span that is not sampled takes three times as long. By
         # OTEL_TRACES_SAMPLER.
         self._sampler = TracerProvider(shutdown_on_exit=False).sampler
+        found = RATIO.match(self._sampler.get_description())
+        self._ratio = float(found[1]) if found else None
+        """The part of the requests without a parent that is sampled, if chance decides."""
+
         self._drop = Decision.DROP
         self._provider = TracerProvider(
             sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False
@@ -180,9 +188,7 @@ class Tracing:
             started: when its header was there, by `perf_counter`.
         """
         parent = _parent(headers) if b"traceparent" in headers else None
-        given = trace.get_current_span(parent).get_span_context() if parent else None
-        trace_id = given.trace_id if given and given.is_valid else getrandbits(128)
-        if self._sampler.should_sample(parent, trace_id, method).decision is self._drop:
+        if not self._is_sampled(parent, method):
             return None
         span = self._tracer.start_span(
             method,
@@ -191,6 +197,15 @@ class Tracing:
             start_time=time_ns() - int((perf_counter() - started) * 1e9),
         )
         return RequestSpan(self._tracer, span) if span.is_recording() else None
+
+    def _is_sampled(self, parent: current.Context | None, method: str) -> bool:
+        if parent is None and self._ratio is not None:
+            # What the sampler would say, too, but that would take 1.3 us of the 40 of a request.
+            return random() < self._ratio  # noqa: S311
+        given = trace.get_current_span(parent).get_span_context() if parent else None
+        trace_id = given.trace_id if given and given.is_valid else getrandbits(128)
+        sampled = self._sampler.should_sample(parent, trace_id, method)
+        return sampled.decision is not self._drop
 
     def request(self) -> Span | None:
         """The span of the request on whose behalf this is called."""

@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from starlette.types import Scope
 
 from app.api.json_route import Call, JsonRoute
+from app.batching import BatchTimings
 from app.logs import AccessLog
 from app.tracing import Tracing, trace_id_of
 
@@ -72,6 +73,7 @@ class Observers:
         self._quiet = quiet
         self._ended: list[Ended] = []
         self._heads: dict[JsonRoute, bytes] = {}
+        self._batch: tuple[BatchTimings | None, float | None, bytes] = (None, None, b"")
 
     def begin(self, call: Call, method: str, path: str) -> None:
         """A request has come."""
@@ -135,9 +137,17 @@ class Observers:
             begun = batch.started if batch else ended.ended
             text += b',"queue_wait_ms":%.3f' % (1000 * (begun - timings.queued))
             if batch:
-                text += b',"batch_rows":%d' % batch.rows
-                if batch.seconds is not None:
-                    text += b',"compute_ms":%.3f' % (1000 * batch.seconds)
+                text += self._of_batch(batch)
+        return text
+
+    def _of_batch(self, batch: BatchTimings) -> bytes:
+        """What is the same for all whose rows were in it, who mostly come one after the other."""
+        known, seconds, text = self._batch
+        if known is not batch or seconds != batch.seconds:
+            text = b',"batch_rows":%d' % batch.rows
+            if batch.seconds is not None:
+                text += b',"compute_ms":%.3f' % (1000 * batch.seconds)
+            self._batch = batch, batch.seconds, text
         return text
 
     def _head(self, route: JsonRoute) -> bytes:

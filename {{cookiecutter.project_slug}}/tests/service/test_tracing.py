@@ -270,6 +270,18 @@ def test_one_in_so_many_is_traced(start: Start, receiver: Receiver) -> None:
     assert answer.headers["traceresponse"].startswith(f"00-{TRACE}-")
 
 
+@pytest.mark.parametrize("sampler", ["traceidratio", "parentbased_traceidratio"])
+def test_chance_decides_which(start: Start, receiver: Receiver, sampler: str) -> None:
+    service = start(
+        OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url,
+        OTEL_TRACES_SAMPLER=sampler,
+        OTEL_TRACES_SAMPLER_ARG=0.5,
+    ).wait_for("/ready")
+    answers = [service.predict("double", x=x) for x in range(100)]
+    # All or none of a hundred would be the case once in 10^30 times.
+    assert 0 < sum("traceresponse" in answer.headers for answer in answers) < 100
+
+
 @pytest.mark.parametrize(
     ("header", "logged"),
     [
