@@ -408,11 +408,16 @@ def _cache(figures: Figures) -> str:
     def to(
         what: str, workload: str, connections: int, ours: tuple[str, str], other: tuple[str, str]
     ) -> Number:
-        found = [
-            median_of(what, workload, connections, tier, f"known {share}")
+        asked = {"workload": workload, "connections": connections}
+        mine, theirs = (
+            {
+                (entry["round"], entry.get("turn")): entry[what]
+                for entry in figures.all("cache", tier=tier, point=f"known {share}", **asked)
+            }
             for tier, share in (ours, other)
-        ]
-        return found[0] / found[1] if found[0] is not None and found[1] else None
+        )
+        ratios = [mine[turn] / theirs[turn] for turn in mine if theirs.get(turn)]
+        return median(ratios) if ratios else None
 
     targets = [
         Target(text, bound, is_at_least, lambda _, asked=asked: to(*asked))  # type: ignore[misc]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.contestants import Command, Contestant, NotSupportedError, Place, Request
 from benchmarks.environments import BUILD, MODELS
@@ -32,6 +32,7 @@ from benchmarks.workloads import TOLERANCE, Workload, make_fresh
 
 Measurement = dict[str, Any]
 Environment = dict[str, str]
+NameT = TypeVar("NameT")
 
 OURS = "template"
 MANY = 32
@@ -54,6 +55,13 @@ KNOWN = [0.0, 0.5, 1.0]
 
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
 """More than are answered in a second, as none may come twice."""
+
+TIERS: dict[str, Environment] = {
+    "off": {"CACHE_ENABLED": "false"},
+    "memory": {"CACHE_ENABLED": "true"},
+    "redis": {"CACHE_ENABLED": "true", "CACHE_MAX_BYTES": "0"},
+}
+"""Where answers are kept, in the section on the cache."""
 
 LEARNING_S = 1.0
 """For so long the wait policy may learn how such a mixture of callers comes back."""
@@ -215,7 +223,7 @@ def in_turns(bench: Bench, names: list[str]) -> Iterator[tuple[int, str]]:
             yield number + 1, name
 
 
-def rotated(names: list[str], turn: int) -> list[str]:
+def rotated(names: list[NameT], turn: int) -> list[NameT]:
     """All of `names`, each turn beginning with another."""
     first = turn % len(names) if names else 0
     return names[first:] + names[:first]
@@ -453,37 +461,48 @@ def gpu(bench: Bench) -> list[Measurement]:
 def cache(bench: Bench) -> list[Measurement]:
     """Our response cache: without, in memory, and in Redis alone, by how many rows are known."""
     found: list[Measurement] = []
-    contestant, cores = bench.contestants[OURS], bench.cores
-    with redis_server(cores.load) as redis:
-        tiers = {
-            "off": {"CACHE_ENABLED": "false"},
-            "memory": {"CACHE_ENABLED": "true"},
-            "redis": {"CACHE_ENABLED": "true", "CACHE_MAX_BYTES": "0", "REDIS_URL": redis.url},
-        }
+    with redis_server(bench.cores.load) as redis:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
-            known = exchanges_of(contestant, bench.workloads[workload])
+            known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
             count = int(FRESH_PER_S[workload] * (LEARNING_S + 2 * bench.seconds))
-            learnt = int(FRESH_PER_S[workload] * LEARNING_S)
-            fresh = exchanges_of(contestant, make_fresh(workload, MODELS, count))
-            for number, tier in in_turns(bench, list(tiers)):
-                about: dict[str, Any] = {
-                    "round": number,
-                    "workload": workload,
-                    "tier": tier,
-                }
-                for share in KNOWN:
-                    # Anew for each, as what was fresh is known afterwards. It is warmed up with
-                    # those that are to be known.
-                    with bench.serve(OURS, workload, tiers[tier]) as running:
-                        exchanges = mixed(known, fresh, share)
-                        running.load(MANY, seconds=LEARNING_S, exchanges=exchanges[:learnt])
-                        half = (learnt + count) // 2
-                        one = running.load(1, exchanges=exchanges[learnt:half])
-                        many = running.load(MANY, exchanges=exchanges[half:])
-                        about["point"] = f"known {share:.0%}"
-                        found.append(show(about | {"connections": 1}, one))
-                        found.append(show(about | {"connections": MANY}, many))
-                    flush(redis.url)
+            fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
+            feeds = {share: mixed(known, fresh, share) for share in KNOWN}
+            for number in range(1, bench.rounds + 1):
+                about = {"round": number, "workload": workload}
+                found += _caches_side_by_side(bench, about, redis.url, feeds)
+                flush(redis.url)
+    return found
+
+
+def _caches_side_by_side(
+    bench: Bench, about: Measurement, redis_url: str, mixtures: Mapping[float, list[Exchange]]
+) -> list[Measurement]:
+    """A round. A service for each tier and each share of what is known, all up at the same time."""
+    workload = about["workload"]
+    found: list[Measurement] = []
+    running: dict[tuple[str, float], Running] = {}
+    feeds: dict[tuple[str, float], Iterator[Exchange]] = {}
+
+    def load(key: tuple[str, float], connections: int, seconds: float) -> Loaded:
+        most = int(FRESH_PER_S[workload] * seconds)
+        exchanges = list(itertools.islice(feeds[key], most))
+        return running[key].load(connections, seconds=seconds, exchanges=exchanges)
+
+    with ExitStack() as stack:
+        for key in itertools.product(TIERS, KNOWN):
+            tier, share = key
+            # Each in a database of its own, as what is fresh to one is fresh to the others, too.
+            database = f"{redis_url.rstrip('/')}/{KNOWN.index(share)}"
+            environment = TIERS[tier] | ({"REDIS_URL": database} if tier == "redis" else {})
+            # It is warmed up with those that are to be known.
+            running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
+            feeds[key] = iter(mixtures[share])
+            load(key, MANY, LEARNING_S)
+        for turn, connections in itertools.product(range(SLICES), (1, MANY)):
+            for tier, share in rotated(list(running), about["round"] + turn):
+                of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}"}
+                result = load((tier, share), connections, bench.seconds / SLICES)
+                found.append(show(about | of | {"connections": connections}, result))
     return found
 
 

@@ -6,13 +6,14 @@ from collections.abc import Collection
 from contextvars import Context
 from dataclasses import dataclass
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import to_json
 from starlette.types import Scope
 
 from app.api.json_route import Call, JsonRoute
 from app.batching import BatchTimings
+from app.inference import CacheStatus
 from app.logs import AccessLog
 from app.tracing import Tracing, trace_id_of
 
@@ -20,6 +21,10 @@ log = logging.getLogger(__name__)
 
 MAX_PATH_CHARS = 200
 """Of a path that somebody asked for, in the log or a trace."""
+
+
+CACHE_FIELD: dict[CacheStatus | None, bytes] = {None: b""}
+CACHE_FIELD |= {status: b',"cache":"%b"' % status.encode() for status in get_args(CacheStatus)}
 
 
 @dataclass(slots=True)
@@ -118,26 +123,21 @@ class Observers:
             access_log.write(level, _fields(ended))
 
     def _json(self, ended: Ended, route: JsonRoute) -> bytes:
-        """What `_fields` gives, without its last brace, in a quarter of the time."""
-        call = ended.call
-        head = self._heads.get(route) or self._head(route)
+        """What `_fields` gives, without its last brace, in a fifth of the time."""
+        call, timings = ended.call, ended.call.timings
+        if call.span or b"traceparent" in call.headers or (timings and not timings.batch):
+            return to_json(_fields(ended))[:-1]
         # What is sane as a request id needs no escapes.
-        text = b'%b,"status":%d,"duration_ms":%.3f,"request_id":"%b"' % (
-            head,
+        text = b'%b,"status":%d,"duration_ms":%.3f,"request_id":"%b"%b' % (
+            self._heads.get(route) or self._head(route),
             ended.status,
             ended.seconds * 1000,
             call.request_id.encode(),
+            CACHE_FIELD[call.cache],
         )
-        if trace_id := _trace_id(call):
-            text += b',"trace_id":"%b"' % trace_id.encode()
-        if call.cache:
-            text += b',"cache":"%b"' % call.cache.encode()
-        if timings := call.timings:
-            batch = timings.batch
-            begun = batch.started if batch else ended.ended
-            text += b',"queue_wait_ms":%.3f' % (1000 * (begun - timings.queued))
-            if batch:
-                text += self._of_batch(batch)
+        if timings and (batch := timings.batch):
+            waited = batch.started - timings.queued
+            text += b',"queue_wait_ms":%.3f%b' % (waited * 1000, self._of_batch(batch))
         return text
 
     def _of_batch(self, batch: BatchTimings) -> bytes:
