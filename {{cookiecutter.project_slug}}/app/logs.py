@@ -189,25 +189,26 @@ class AccessLog:
     def write(self, level: int, fields: dict[str, Any]) -> None:
         """A line, which may not be written before `flush`."""
         if self.writes_json:
-            self.write_json(level, to_json(fields)[:-1])
+            self.write_line(to_json(fields)[:-1] + self.end_of_line(level))
         else:
             self._logger.log(level, "request", extra=fields)
 
-    def write_json(self, level: int, fields: bytes) -> None:
-        """The same of `fields` as a JSON object without its last brace."""
+    def write_line(self, line: bytes) -> None:
+        """The same of a line of JSON."""
+        self._lines.append(line)
+
+    def end_of_line(self, level: int) -> bytes:
+        """Of the JSON of all lines until `flush`: what follows the fields of the request."""
         end = self._ends.get(level)
         if end is None:
-            end = self._ends[level] = self._end(level)
-        self._lines.append(fields + end)
-
-    def _end(self, level: int) -> bytes:
-        fields = {
-            "event": "request",
-            "level": logging.getLevelName(level).lower(),
-            "logger": self.name,
-            "timestamp": datetime.now(UTC),
-        }
-        return b"," + to_json(fields)[1:] + b"\n"
+            fields = {
+                "event": "request",
+                "level": logging.getLevelName(level).lower(),
+                "logger": self.name,
+                "timestamp": datetime.now(UTC),
+            }
+            end = self._ends[level] = b"," + to_json(fields)[1:] + b"\n"
+        return end
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []

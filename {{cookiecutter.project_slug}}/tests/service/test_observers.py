@@ -39,6 +39,19 @@ def ended(of: JsonRoute, call: Call) -> Ended:
     return Ended(call, 200, of, scope=None, seconds=0.125, ended=10.0)
 
 
+def line_of(observers: Observers, of: Ended) -> dict[str, Any]:
+    """What is logged of it, without what every line has."""
+    observers._write(of)
+    line: dict[str, Any] = json.loads(observers._access_log._lines[-1])
+    assert [line.pop(name) for name in ("event", "level", "logger")] == [
+        "request",
+        "info",
+        "app.access",
+    ]
+    assert line.pop("timestamp")
+    return line
+
+
 @pytest.mark.parametrize(
     "timings",
     [
@@ -56,15 +69,24 @@ def test_a_line_is_the_same_as_bytes_and_as_fields(
     call = Call("an-id", 0.0, headers)
     call.timings, call.cache = timings, cache
     of = route("1")
-    line = observers._json(ended(of, call), of) + b"}"
-    assert json.loads(line) == _fields(ended(of, call))
+    assert line_of(observers, ended(of, call)) == _fields(ended(of, call))
+
+
+def test_lines_of_other_batches_and_routes_are_not_mixed_up(observers: Observers) -> None:
+    batches = [BatchTimings(started=9.75, rows=rows, seconds=rows / 8) for rows in (1, 2)]
+    for number in (0, 0, 1, 0, 1, 1):
+        call = Call("an-id", 0.0, {})
+        call.timings = Timings(queued=9.5, batch=batches[number])
+        of = ended(route(f"{number}%"), call)
+        assert line_of(observers, of) == _fields(of)
 
 
 def test_a_route_has_the_version_of_its_model_from_when_there_is_one(observers: Observers) -> None:
     call, of = Call("an-id", 0.0, {}), route(None)
-    assert b'"model_version":null' in observers._json(ended(of, call), of)
+    assert line_of(observers, ended(of, call))["model_version"] is None
+    observers._tell()
     of.model.version = "7"  # type: ignore[misc]
-    assert b'"model_version":"7"' in observers._json(ended(of, call), of)
+    assert line_of(observers, ended(of, call))["model_version"] == "7"
 
 
 def test_many_values_at_once_are_counted_like_one_after_the_other() -> None:
