@@ -54,18 +54,23 @@ test-samples test-in-place: $(DEV)/installed
 	cd '$(TEMPLATE)' && ARTIFACTS_DIR=../build/artifacts DEFAULT_MODEL=fraud \
 		../$(DEV)/bin/python -m pytest -p no:cacheprovider -W error $(TESTS)
 
-# Side by side, as half of either is to wait for processes.
+# Side by side, as much of each is to wait for processes.
 .PHONY: test-generator
 test-generator: $(DEV)/installed
-	$(MAKE) --jobs=2 --output-sync=target test-projects test-operations
+	$(MAKE) --jobs=3 --output-sync=target test-service test-projects test-operations
 
 OPERATIONS_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py tests/test_kubernetes.py \
 	tests/test_monitoring.py tests/test_dashboard.py tests/test_status_page.py
+SERVICE_TEST := 'tests/test_baked_projects.py::test_it_passes_its_own_checks_and_keeps_what_its_readme_says[onnx]'
 PYTEST = PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
+
+.PHONY: test-service
+test-service: $(DEV)/installed  ## The test that runs those of the service, in a project that is made
+	$(PYTEST) $(SERVICE_TEST)
 
 .PHONY: test-projects
 test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
-	$(PYTEST) $(OPERATIONS_TESTS:%=--ignore=%)
+	$(PYTEST) $(OPERATIONS_TESTS:%=--ignore=%) --deselect=$(SERVICE_TEST)
 
 .PHONY: test-operations
 test-operations: $(DEV)/installed  ## Those of images, manifests and monitoring, for which .ci/run installs buildah, Prometheus, Chromium and others

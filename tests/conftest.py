@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -81,24 +82,31 @@ def cookiecutter(
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
-def make_project(template: Path, output: Path, name: str) -> BakedProject:
-    """The default project, with this name."""
-    result = cookiecutter(template, output, {"project_name": name})
+def make_project(template: Path, output: Path, **answers: str) -> BakedProject:
+    """Bakes with the given answers, the defaults for the others; it has to succeed."""
+    result = cookiecutter(template, output, answers)
     assert result.returncode == 0, result.stdout + result.stderr
-    return BakedProject(output / name.lower().replace(" ", "-"))
+    [project] = [path for path in output.iterdir() if (path / "pyproject.toml").exists()]
+    return BakedProject(project)
 
 
 @pytest.fixture
 def bake(template: Path, tmp_path: Path) -> Callable[..., BakedProject]:
-    """Bakes with the given answers, the defaults for the others; it has to succeed."""
+    return partial(make_project, template, tmp_path)
 
-    def bake(**answers: str) -> BakedProject:
-        result = cookiecutter(template, tmp_path, answers)
-        assert result.returncode == 0, result.stdout + result.stderr
-        [project] = [path for path in tmp_path.iterdir() if (path / "pyproject.toml").exists()]
-        return BakedProject(project)
 
-    return bake
+@pytest.fixture(scope="session")
+def artifacts(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts/ of a default project, for those to copy who only serve its model."""
+    project = make_project(template, tmp_path_factory.mktemp("trained"))
+    project.run("python", "-m", "training.fraud")
+    return project.path / "artifacts"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ what it refers to; the dashboard itself is looked at in test_dashboard.py.
 import http.client
 import json
 import re
+import shutil
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -25,10 +26,12 @@ WAIT_S = 60
 
 
 @pytest.fixture
-def project(template: Path, tmp_path: Path, containers: Containers) -> Iterator[BakedProject]:
+def project(
+    template: Path, artifacts: Path, tmp_path: Path, containers: Containers
+) -> Iterator[BakedProject]:
     """Up, with the Redis of this Debian, on the only network that there is here: the host's."""
-    project = make_project(template, tmp_path, "Compose Test")
-    project.run("python", "-m", "training.fraud")
+    project = make_project(template, tmp_path, project_name="Compose Test")
+    shutil.copytree(artifacts, project.path / "artifacts")
     services = yaml.safe_load(project.read("compose.yaml"))["services"]
     [base] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)", project.read("Dockerfile"), re.MULTILINE)
     containers.make_valkey(base, services["redis"]["image"])
@@ -122,13 +125,13 @@ def test_its_redis_is_the_one_of_the_cluster() -> None:
     assert command[: len(compose["command"])] == compose["command"]
 
 
-@pytest.fixture
-def files(bake: Callable[..., BakedProject]) -> BakedProject:
+@pytest.fixture(scope="module")
+def files(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
     """Not to be run."""
-    return bake(project_name="Compose Test")
+    return make_project(template, tmp_path_factory.mktemp("files"), project_name="Compose Test")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def services(files: BakedProject) -> Any:
     return yaml.safe_load(files.read("compose.yaml"))["services"]
 

@@ -49,15 +49,17 @@ NOT_IMPORTED = {
 
 
 @pytest.fixture(scope="module")
-def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
+def project(
+    template: Path, artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BakedProject:
     """With a model in two versions, and with secrets wherever somebody may leave them."""
     folder = tmp_path_factory.mktemp("image")
-    project = make_project(template, folder, "Image Test")
+    project = make_project(template, folder, project_name="Image Test")
     project.run("git", "init", "--quiet")
     who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     project.run("git", *who, "commit", "--quiet", "--allow-empty", "--message", "A commit")
-    for _ in range(2):
-        project.run("python", "-m", "training.fraud")
+    shutil.copytree(artifacts, project.path / "artifacts")
+    project.run("python", "-m", "training.fraud")
     for name in PLANTED:
         path = project.path / name
         path.parent.mkdir(parents=True, exist_ok=True)

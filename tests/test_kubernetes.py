@@ -54,7 +54,7 @@ current-context: none
 @pytest.fixture(scope="module")
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
     folder = tmp_path_factory.mktemp("kubernetes")
-    return make_project(template, folder, "Image Test")
+    return make_project(template, folder, project_name="Image Test")
 
 
 @pytest.fixture(scope="module")

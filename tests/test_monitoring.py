@@ -34,12 +34,14 @@ ROW = {
 
 
 @pytest.fixture(scope="module")
-def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
+def project(
+    template: Path, artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BakedProject:
     if not shutil.which("promtool"):
         pytest.skip("monitoring is not tested without prometheus and promtool")
     folder = tmp_path_factory.mktemp("monitoring")
-    project = make_project(template, folder, "Monitored")
-    project.run("python", "-m", "training.fraud")
+    project = make_project(template, folder, project_name="Monitored")
+    shutil.copytree(artifacts, project.path / "artifacts")
     return project
 
 

@@ -1,6 +1,7 @@
 """The rendered Deployment as podman plays it, and its probes as a kubelet asks them."""
 
 import re
+import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,12 @@ ADDED_BY_PROMETHEUS = {"namespace", "app_kubernetes_io_name", "rollouts_pod_temp
 
 
 @pytest.fixture(scope="module")
-def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
+def project(
+    template: Path, artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BakedProject:
     folder = tmp_path_factory.mktemp("pod")
-    project = make_project(template, folder, "Pod Test")
-    project.run("python", "-m", "training.fraud")
+    project = make_project(template, folder, project_name="Pod Test")
+    shutil.copytree(artifacts, project.path / "artifacts")
     return project
 
 

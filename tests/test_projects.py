@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import KINDS, BakedProject
+from tests.conftest import BakedProject, make_project
 
 FILES = [
     ".dockerignore",
@@ -188,15 +188,18 @@ ONNX_FILES = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_has_exactly_these_files(bake: Callable[..., BakedProject], kind: str) -> None:
-    project = bake(model_kind=kind, model_name="churn")
+@pytest.fixture(scope="module")
+def project(template: Path, tmp_path_factory: pytest.TempPathFactory, kind: str) -> BakedProject:
+    """Only to be read."""
+    answers = {"model_kind": kind, "model_name": "churn", "project_name": "Churn"}
+    return make_project(template, tmp_path_factory.mktemp("projects"), **answers)
+
+
+def test_it_has_exactly_these_files(project: BakedProject, kind: str) -> None:
     assert project.files() == {*FILES, *(ONNX_FILES if kind != "sklearn" else [])}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_template_is_left(bake: Callable[..., BakedProject], kind: str) -> None:
-    project = bake(model_kind=kind, model_name="churn", project_name="Churn")
+def test_nothing_of_the_template_is_left(project: BakedProject) -> None:
     samples = r"\b(predictors|training|artifacts)[./](fraud|wine|digits)\b"
     for name in project.files():
         text = project.read(name)
@@ -215,9 +218,7 @@ def test_nothing_of_the_template_is_left(bake: Callable[..., BakedProject], kind
             tomllib.loads(text)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_readme_names_files_that_exist(bake: Callable[..., BakedProject], kind: str) -> None:
-    project = bake(model_kind=kind, model_name="churn")
+def test_the_readme_names_files_that_exist(project: BakedProject) -> None:
     readme = project.read("README.md")
     for target in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (project.path / target).exists()
@@ -247,8 +248,5 @@ def test_the_next_commands_are_told(template: Path, tmp_path: Path) -> None:
     assert "predictors/fraud.py" in told
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_hadolint_has_nothing_against_its_dockerfile(
-    bake: Callable[..., BakedProject], kind: str
-) -> None:
-    bake(model_kind=kind).run("hadolint", "Dockerfile")
+def test_hadolint_has_nothing_against_its_dockerfile(project: BakedProject) -> None:
+    project.run("hadolint", "Dockerfile")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -35,9 +36,13 @@ def browser() -> Iterator[Chrome]:
 
 
 @pytest.fixture(scope="module")
-def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> BakedProject:
-    project = make_project(template, tmp_path_factory.mktemp("page"), "Fraud Detection")
-    project.run("python", "-m", "training.fraud")
+def project(
+    template: Path, artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BakedProject:
+    project = make_project(
+        template, tmp_path_factory.mktemp("page"), project_name="Fraud Detection"
+    )
+    shutil.copytree(artifacts, project.path / "artifacts")
     return project
 
 
