@@ -59,8 +59,7 @@ test-samples test-in-place: $(DEV)/installed
 test-generator: $(DEV)/installed
 	$(MAKE) --jobs=3 --output-sync=target test-service test-projects test-operations
 
-OPERATIONS_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py tests/test_kubernetes.py \
-	tests/test_monitoring.py tests/test_dashboard.py tests/test_status_page.py
+OPERATIONS_TESTS := tests/test_image.py tests/test_pod.py tests/test_compose.py tests/test_kubernetes.py
 SERVICE_TEST := 'tests/test_baked_projects.py::test_it_passes_its_own_checks_and_keeps_what_its_readme_says[onnx]'
 PYTEST = PATH="$(CURDIR)/$(DEV)/bin:$$PATH" $(DEV)/bin/python -m pytest
 
@@ -69,11 +68,11 @@ test-service: $(DEV)/installed  ## The test that runs those of the service, in a
 	$(PYTEST) $(SERVICE_TEST)
 
 .PHONY: test-projects
-test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo
+test-projects: $(DEV)/installed  ## The tests of what is made: every kind, hostile answers, updates, the demo, how it is watched
 	$(PYTEST) $(OPERATIONS_TESTS:%=--ignore=%) --deselect=$(SERVICE_TEST)
 
 .PHONY: test-operations
-test-operations: $(DEV)/installed  ## Those of images, manifests and monitoring, for which .ci/run installs buildah, Prometheus, Chromium and others
+test-operations: $(DEV)/installed  ## Those of images and manifests, for which .ci/run installs buildah and others
 	$(PYTEST) $(OPERATIONS_TESTS)
 
 .PHONY: bench bench-fire bench-shared-cache bench-rollout bench-alerts bench-observability

@@ -176,8 +176,9 @@ class Exchange(RequestResponseCycle):
         # Freed while they are in the CPU's cache: with hundreds of connections they are not when
         # the next request comes.
         self.body, self.headers = b"", NO_HEADERS
-        if protocol.cycle is self:
-            # Its body may still come, and bring trailers, which are headers to the parser.
+        if protocol.cycle is self and (self.more_body or not protocol.is_in_message):
+            # Its body may still come, and bring trailers, which are headers to the parser. But if
+            # the next request has begun to come, they are that one's.
             protocol.headers = []
         return True
 

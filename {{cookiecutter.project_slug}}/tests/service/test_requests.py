@@ -390,6 +390,21 @@ def test_requests_in_a_pipeline_are_answered_in_order(service: Service) -> None:
     assert [y or ok for y, ok in found] == [b"2.0", b"ok", b"4.0", b"6.0", b"ok"]
 
 
+def test_a_request_that_has_begun_to_come_keeps_its_header(service: Service) -> None:
+    """While the one before it is answered."""
+    body = json.dumps(GOOD).encode()
+    head = b"POST /v1/predict HTTP/1.1\r\nContent-Type: application/json\r\nHost: x\r\n"
+    length = b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(head + length + head)
+        first = connection.recv(10_000)
+        connection.sendall(b"Connection: close\r\n" + length)
+        second = b"".join(iter(lambda: connection.recv(1000), b""))
+    for answer in (first, second):
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b'"prediction":{"y":42.0}' in answer
+
+
 @pytest.mark.parametrize(("bad", "status"), [(1, 200), ("one", 422)])
 def test_a_request_leaves_nothing_for_the_garbage_collector(
     start: Start, tmp_path: Path, bad: Any, status: int
