@@ -14,7 +14,7 @@ SETTINGS = (TEMPLATE / "app" / "settings.py").read_text(encoding="utf-8")
 PYTHON_FILES = sorted(TEMPLATE.rglob("*.py"))
 
 LAYERS = [
-    {"__main__", "worker", "publish", "train", "healthcheck"},
+    {"__main__", "worker", "serving", "publish", "train", "healthcheck"},
     {"main"},
     {"api"},
     {"lifecycle"},
@@ -38,10 +38,12 @@ LAYERS = [
         "protocol",
         "jobs",
         "metrics",
+        "access_log",
         "logs",
         "tracing",
         "errors",
         "settings",
+        "server_settings",
     },
 ]
 """From the top down: a module imports from its own layer and from those below it."""

@@ -1,5 +1,6 @@
 """How gunicorn runs the service; `python -m app` starts it."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -8,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from app.logs import logging_config
-from app.settings import load_settings
+from app.server_settings import read_server_settings
 
-settings = load_settings()
+# This file is read by gunicorn's own process, which is kept small: what workers import is not
+# to be imported here.
+settings = read_server_settings()
 
 wsgi_app = "app.main:create_app()"
-# By its name: what it imports must not be imported before the directory below is set.
 worker_class = "app.worker.Worker"
 host = f"[{settings.bind_address}]" if ":" in settings.bind_address else settings.bind_address
-bind = f"{host}:{settings.listening_port}"
+bind = f"{host}:{settings.port}"
 workers = settings.web_concurrency
 logconfig_dict = logging_config(settings)
 
@@ -50,6 +52,10 @@ def on_starting(server: Any) -> None:
         stop(graceful)
 
     server.stop = refuse_and_stop
+
+
+def when_ready(server: Any) -> None:
+    gc.enable()
 
 
 # With several workers, each counts into files of its own, and /metrics adds them up. A worker goes

@@ -1,19 +1,21 @@
 """Starts the service, here and in production: `python -m app`."""
 
+import gc
+import os
 import sys
-
-from app.errors import StartupError
-from app.settings import load_settings
 
 
 def main() -> None:
-    try:
-        load_settings()
-    except StartupError as error:
-        sys.exit(str(error))
-    # Not sooner: gunicorn reads WEB_CONCURRENCY when it is imported, and a bad one breaks that.
+    # What is imported is no garbage, and to look for some takes a tenth of the start.
+    # gunicorn.conf.py and app.serving enable it again.
+    gc.disable()
+    # gunicorn reads this when it is imported, and a bad one breaks that. gunicorn.conf.py says
+    # what is wrong with it.
+    concurrency = os.environ.pop("WEB_CONCURRENCY", None)
     from gunicorn.app.wsgiapp import run
 
+    if concurrency is not None:
+        os.environ["WEB_CONCURRENCY"] = concurrency
     # It finds gunicorn.conf.py by itself.
     sys.argv = ["gunicorn"]
     run()

@@ -4,19 +4,20 @@ import logging
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
-from pydantic_core import to_json
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from app.settings import Settings
-from app.tracing import current_trace_id
-
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
+
+current_ids: dict[str, Callable[[], str | None]] = {
+    "request_id": lambda: current_request_id.get(None)
+}
+"""What the request is called on whose behalf a line is written. Tracing adds its own: gunicorn's
+process imports this file, and needs no tracing."""
 
 
 LINE_BYTES = 4096
@@ -28,13 +29,23 @@ STORM_S = 10.0
 STORM_KINDS = 100
 
 
-def logging_config(settings: Settings) -> dict[str, Any]:
+class LogSettings(Protocol):
+    """A part of `app.settings.Settings`."""
+
+    @property
+    def log_level(self) -> str: ...
+
+    @property
+    def log_format(self) -> str: ...
+
+
+def logging_config(settings: LogSettings) -> dict[str, Any]:
     """For `logging.config.dictConfig`.
 
     Modules log through the standard library and pass fields as `extra`. The id of the request
     on whose behalf a line is written is in the line.
     """
-    as_json = _writes_json(settings)
+    as_json = writes_json(settings)
     fields: list[Processor] = [
         _add_ids,
         structlog.stdlib.add_log_level,
@@ -52,8 +63,9 @@ def logging_config(settings: Settings) -> dict[str, Any]:
         else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     )
     level = settings.log_level.upper()
-    # uvicorn's worker class hands gunicorn's handlers to uvicorn's loggers, so they need some.
     server = {"level": level, "handlers": ["stderr"], "propagate": False}
+    # gunicorn tells of a worker's start and stop already.
+    uvicorn = {"level": "ERROR" if level == "ERROR" else "WARNING"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -77,7 +89,7 @@ def logging_config(settings: Settings) -> dict[str, Any]:
             }
         },
         "root": {"level": level, "handlers": ["stderr"]},
-        "loggers": {"gunicorn.error": server, "gunicorn.access": server},
+        "loggers": {"gunicorn.error": server, "gunicorn.access": server, "uvicorn.error": uvicorn},
     }
 
 
@@ -112,16 +124,15 @@ def _shortened(value: Any, most: int) -> Any:
     return str(value)[: 100 * most]
 
 
-def _writes_json(settings: Settings) -> bool:
+def writes_json(settings: LogSettings) -> bool:
     is_auto = settings.log_format == "auto"
     return settings.log_format == "json" or (is_auto and not sys.stderr.isatty())
 
 
 def _add_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    if request_id := current_request_id.get(""):
-        event.setdefault("request_id", request_id)
-    if trace_id := current_trace_id():
-        event.setdefault("trace_id", trace_id)
+    for name, current_id in current_ids.items():
+        if value := current_id():
+            event.setdefault(name, value)
     return event
 
 
@@ -164,65 +175,3 @@ def _kind_of_error(record: logging.LogRecord) -> tuple[object, ...]:
         frame = frame.tb_next
     where = (frame.tb_frame.f_code.co_filename, frame.tb_lineno) if frame else ()
     return (getattr(record, "model", None), type(error), *where)
-
-
-class AccessLog:
-    """A line for each request.
-
-    As JSON it is written past `logging`, which would take as long as all that is done to answer
-    a request for a small model (docs/performance.md of the template).
-    """
-
-    name = "app.access"
-
-    def __init__(self, settings: Settings) -> None:
-        self._level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-        self.writes_json = _writes_json(settings)
-        self._logger = logging.getLogger(self.name)
-        self._lines: list[bytes] = []
-        self._ends: dict[int, bytes] = {}
-        """Of the lines until the next `flush`, by level: they have the same time."""
-
-    def takes(self, level: int) -> bool:
-        return level >= self._level
-
-    def write(self, level: int, fields: dict[str, Any]) -> None:
-        """A line, which may not be written before `flush`."""
-        if self.writes_json:
-            self.write_line(to_json(fields)[:-1] + self.end_of_line(level))
-        else:
-            self._logger.log(level, "request", extra=fields)
-
-    def write_line(self, line: bytes) -> None:
-        """The same of a line of JSON."""
-        self._lines.append(line)
-
-    def end_of_line(self, level: int) -> bytes:
-        """Of the JSON of all lines until `flush`: what follows the fields of the request."""
-        end = self._ends.get(level)
-        if end is None:
-            fields = {
-                "event": "request",
-                "level": logging.getLevelName(level).lower(),
-                "logger": self.name,
-                "timestamp": datetime.now(UTC),
-            }
-            end = self._ends[level] = b"," + to_json(fields)[1:] + b"\n"
-        return end
-
-    def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        self._ends.clear()
-        piece = b""
-        for line in lines:
-            if len(piece) + len(line) > LINE_BYTES:
-                _write(piece)
-                piece = b""
-            piece += line
-        if piece:
-            _write(piece)
-
-
-def _write(lines: bytes) -> None:
-    sys.stderr.buffer.write(lines)
-    sys.stderr.buffer.flush()

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from app.access_log import AccessLog
 from app.api.instrumentation import METRICS, instrument
 from app.api.keys import ApiKeys, RequireApiKey
 from app.api.middleware import RequestContext
@@ -17,10 +18,10 @@ from app.api.probes import PROBES, add_probe_routes
 from app.api.problems import use_problem_details
 from app.api.status_page import add_status_page
 from app.lifecycle import Lifecycle
-from app.logs import AccessLog
+from app.logs import current_ids
 from app.repository import ModelRepository
 from app.settings import Settings, load_settings
-from app.tracing import tracing_for
+from app.tracing import current_trace_id, tracing_for
 
 
 def create_app(settings: Settings | None = None) -> RequestContext:
@@ -34,6 +35,7 @@ def create_app(settings: Settings | None = None) -> RequestContext:
     """
     settings = settings or load_settings()
     tracing = tracing_for(settings)
+    current_ids["trace_id"] = current_trace_id
     repository = ModelRepository(settings, tracing)
     lifecycle = Lifecycle(repository, settings)
 

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic_core import to_json
 from starlette.types import Scope
 
+from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
 from app.batching import BatchTimings
 from app.inference import CacheStatus
-from app.logs import AccessLog
 from app.tracing import Tracing, trace_id_of
 
 log = logging.getLogger(__name__)

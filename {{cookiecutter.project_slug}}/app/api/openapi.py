@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
 
-from app.errors import PROBLEM_MEDIA_TYPE
+from app.errors import Problem
 
 API_KEY_SCHEMES = {
     "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -14,7 +15,7 @@ API_KEY_SCHEMES = {
 
 
 def document(app: FastAPI, needs_key: Callable[[str], bool] | None) -> None:
-    """Put the media type of errors and the API key into the OpenAPI document of `app`.
+    """Put the schema of errors and the API key into the OpenAPI document of `app`.
 
     Args:
         needs_key: whether a path is for callers with a key; None: there are no keys.
@@ -26,21 +27,15 @@ def document(app: FastAPI, needs_key: Callable[[str], bool] | None) -> None:
             schema = generate()
             for path, operations in schema["paths"].items():
                 for operation in operations.values():
-                    _correct_media_type(operation["responses"])
                     if needs_key and needs_key(path):
                         operation["security"] = [{name: []} for name in API_KEY_SCHEMES]
+            _, errors = models_json_schema(
+                [(Problem, "serialization")], ref_template="#/components/schemas/{model}"
+            )
+            schema["components"]["schemas"] |= errors["$defs"]
             if needs_key:
                 schema["components"]["securitySchemes"] = API_KEY_SCHEMES
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _correct_media_type(responses: dict[str, Any]) -> None:
-    # FastAPI documents every answer of a route under the media type of its success.
-    for response in responses.values():
-        content = response.get("content", {})
-        schema = content.get("application/json", {}).get("schema", {})
-        if schema.get("$ref") == "#/components/schemas/Problem":
-            response["content"] = {PROBLEM_MEDIA_TYPE: content["application/json"]}

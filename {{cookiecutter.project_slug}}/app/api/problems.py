@@ -114,4 +114,6 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 def problems(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these errors."""
-    return {status.value: {"model": Problem, "description": status.phrase} for status in statuses}
+    # Not as models: FastAPI would prepare to serialize each of them, 20 ms of a start.
+    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}}
+    return {status.value: {"description": status.phrase, "content": content} for status in statuses}

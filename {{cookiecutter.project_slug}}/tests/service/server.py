@@ -108,6 +108,16 @@ def free_port() -> int:
         return port
 
 
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Of 127.0.0.1, signed by itself, and its key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make, *subject, *files], check=True, capture_output=True)
+    return certificate, key
+
+
 def publish(artifacts_dir: Path, model: str, **files: bytes) -> Path:
     """The folder of a new version with `files`, whose names have `_` for the dot."""
     with new_version(artifacts_dir, model, input_schema={}) as directory:

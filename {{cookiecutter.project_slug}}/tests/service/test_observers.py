@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
+from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
 from app.api.observers import Ended, Observers, _fields
 from app.batching import BatchTimings, Timings
-from app.logs import AccessLog
 from app.metrics import ManyHistogram, ModelMetrics, RouteMetrics
 from app.settings import Settings
 

@@ -21,7 +21,7 @@ from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
 from app.redis_store import MAX_WRITES, RedisStore
 from tests.service.redis_server import RedisServer, StartRedis
-from tests.service.server import PROJECT, WAIT_S, Service, Start, publish
+from tests.service.server import PROJECT, WAIT_S, Service, Start, make_certificate, publish
 from tests.service.test_batches import sample
 from tests.service.test_cache import double, runs
 
@@ -76,11 +76,7 @@ class Tls(NamedTuple):
 @pytest.fixture
 def tls(start_redis: StartRedis, tmp_path: Path) -> Iterator[Tls]:
     server = start_redis()
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*make, *subject, *files], check=True, capture_output=True)
+    certificate, key = make_certificate(tmp_path)
     proxy = [sys.executable, "-m", "tests.service.tls_proxy", str(server.port)]
     with subprocess.Popen(
         [*proxy, str(certificate), str(key)],

@@ -56,6 +56,14 @@ def test_an_idle_connection_is_served_once_more_and_told_to_close(start: Start) 
     assert service.exit_code() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_a_quick_stop_ends_the_worker_as_well(start: Start, number: signal.Signals) -> None:
+    service = start().wait_for("/ready")
+    service.signal(number)
+    assert service.exit_code() == 0
+    assert service.log_lines("stopped"), "the worker was killed"
+
+
 def send(client: httpx.Client, number: int) -> str:
     answer = client.post("/v1/predict", json={"features": {"x": number}})
     right = answer.status_code == 200 and answer.json()["prediction"]["y"] == 2 * number

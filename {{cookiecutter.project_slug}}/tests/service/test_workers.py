@@ -2,13 +2,14 @@
 
 import os
 import signal
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 
-from tests.service.server import FAKES, Service, Start, publish
+from tests.service.server import FAKES, Service, Start, make_certificate, publish
 
 SOURCE = (FAKES / "double.py").read_text(encoding="utf-8")
 
@@ -114,6 +115,24 @@ def test_a_reload_brings_new_workers_and_loses_nothing(start: Start) -> None:
     service.wait_until(lambda: service.log_lines("stopped"))
     assert_answers(service, requests=10)
     assert len(worker_pids(service)) == 2
+
+
+def test_gunicorn_has_not_imported_what_workers_need(start: Start) -> None:
+    service = start().wait_for("/ready")
+    [worker] = worker_pids(service)
+    imported = [Path(f"/proc/{pid}/maps").read_text() for pid in (worker, service.process.pid)]
+    assert ["pydantic_core" in files for files in imported] == [True, False]
+
+
+def test_gunicorn_s_options_for_tls_hold(start: Start, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    options = f"--certfile={certificate} --keyfile={key}"
+    service = start(GUNICORN_CMD_ARGS=options)
+    service.wait_until(lambda: times_loaded(service))
+    trust = ssl.create_default_context(cafile=certificate)
+    with httpx.Client(base_url=service.url.replace("http", "https"), verify=trust) as client:
+        answer = client.post("/v1/predict", json={"features": {"x": 1}})
+    assert answer.json()["prediction"] == {"y": 2}
 
 
 def test_workers_do_not_outlive_gunicorn(start: Start) -> None:

@@ -1,0 +1,140 @@
+"""A worker's uvicorn, with a stop that loses no request and a start that can fail."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+
+from gunicorn.arbiter import Arbiter
+from uvicorn.config import Config
+from uvicorn.server import Server
+
+from app.lifecycle import Lifecycle
+from app.protocol import Protocol
+from app.worker import Worker
+
+ACCEPT_S = 0.05
+"""How long a stopping worker goes on to accept the connections that are queued."""
+
+DRAIN_S = 1.0
+"""How long open connections may still bring requests after a stop was asked for."""
+
+GC_THRESHOLDS = (10_000, 10, 10)
+"""Allocations after which the youngest objects are looked through, and how often the older ones.
+Python's own is 700, which 32 requests at a time reach with each batch."""
+
+RETRY_S = 5.0
+"""How long a worker that cannot take another's place waits before gunicorn may try again."""
+
+
+def serve(worker: Worker) -> None:
+    """Answer requests until the worker is told to stop, or cannot go on."""
+    config = Config(
+        worker.wsgi,
+        loop="uvloop",
+        http=Protocol,
+        ws="none",
+        log_config=None,
+        # app.api.middleware logs requests, with their ids.
+        access_log=False,
+        # Nothing here reads the client's address, so nobody has to correct it.
+        proxy_headers=False,
+        server_header=False,
+        backlog=worker.cfg.backlog,
+        limit_max_requests=worker.max_requests,
+        timeout_keep_alive=worker.cfg.keepalive,
+        timeout_graceful_shutdown=int(worker.cfg.graceful_timeout - 3 * DRAIN_S),
+        ssl_certfile=worker.cfg.certfile,
+        ssl_keyfile=worker.cfg.keyfile,
+        ssl_ca_certs=worker.cfg.ca_certs,
+        ssl_cert_reqs=worker.cfg.cert_reqs,
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(worker, config))
+
+
+async def _serve(worker: Worker, config: Config) -> None:
+    lifecycle: Lifecycle = worker.wsgi.lifecycle
+    lifecycle.join(worker.cfg.workers, worker.load_count)
+    server = DrainingServer(config, lifecycle)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.stop)
+    heartbeat = asyncio.create_task(_beat(worker))
+    # What is imported stays. To walk it again once the models are loaded would take 40 ms.
+    gc.freeze()
+    loading = lifecycle.start()
+    loading.add_done_callback(lambda _: spare_the_collector())
+    if lifecycle.is_replacement:
+        await loading
+        if lifecycle.has_failed:
+            # gunicorn replaces this one at once, and the others serve on.
+            await asyncio.sleep(RETRY_S)
+            end(1)
+    # The bare sockets, as uvloop and gunicorn's wrappers would both close their descriptors.
+    await server.serve(sockets=[listener.sock for listener in worker.sockets])
+    heartbeat.cancel()
+    if not server.started or lifecycle.has_failed:
+        end(Arbiter.WORKER_BOOT_ERROR)
+    if lifecycle.is_broken:
+        # gunicorn replaces this one by a new process.
+        end(1)
+
+
+async def _beat(worker: Worker) -> None:
+    """Give gunicorn signs of life: while models load and requests drain as well."""
+    is_orphan = False
+    while True:
+        worker.notify()
+        if not is_orphan and os.getppid() != worker.ppid:
+            # gunicorn was killed, and nobody else would ever stop this one.
+            is_orphan = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(1)
+
+
+def spare_the_collector() -> None:
+    """Take what is loaded, and stays, out of garbage collection, and begin to collect.
+
+    A full collection walks all of the modules and models, and stops every request for that
+    long: 140 ms with scikit-learn, which was the p99 under load (docs/performance.md of the
+    template).
+    """
+    gc.collect()
+    gc.freeze()
+    # A request that is answered leaves nothing in a cycle, so there is little to find.
+    gc.set_threshold(*GC_THRESHOLDS)
+    gc.enable()
+
+
+def end(status: int) -> None:
+    """Not sys.exit, which would wait for the threads of models that still load."""
+    logging.shutdown()
+    os._exit(status)
+
+
+class DrainingServer(Server):
+    """Ends when a model or its device fails, and lets connections finish before it closes them.
+
+    uvicorn closes idle keep-alive connections at once. A request that is on its way on one of
+    them would be lost, so they are kept for `DRAIN_S`, and every answer says `Connection: close`.
+    """
+
+    def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
+        super().__init__(config)
+        self.lifecycle = lifecycle
+
+    def stop(self) -> None:
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.lifecycle.is_broken
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.lifecycle.drain()
+        await asyncio.sleep(ACCEPT_S)
+        for server in self.servers:
+            server.close()
+        if self.server_state.connections and self.lifecycle.is_ending:
+            await asyncio.sleep(DRAIN_S)
+        await super().shutdown(sockets)
