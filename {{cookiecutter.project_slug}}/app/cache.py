@@ -140,7 +140,8 @@ class ResponseCache:
         self._prediction = prediction
         context = hashlib.blake2b("\0".join(identity).encode())
         self._prefix = f"prediction:{metrics.model}:{metrics.version}:".encode()
-        self._hash = hashlib.blake2b(key=context.digest(), digest_size=KEY_BYTES)
+        # With a first byte, which each copy would otherwise wait for to take the key in.
+        self._hash = hashlib.blake2b(b"\0", key=context.digest(), digest_size=KEY_BYTES)
         self._to_json = prediction.__pydantic_serializer__.to_json
         self._from_json = prediction.__pydantic_validator__.validate_json
         self._memory, self._shared = stores.memory, stores.shared
@@ -328,7 +329,8 @@ class ResponseCache:
             return {key: found.prediction for key, found in known.items()}
 
         def keep(keys: Sequence[Key], outcomes: Sequence[Outcome]) -> None:
-            self._keep(keys, outcomes, outdated)
+            said = zip(keys, outcomes, strict=True)
+            self._keep({key: outcome for key, outcome in said if key not in outdated})
 
         return Others(self._lock_s, take, release, recall, keep)
 
@@ -402,7 +404,7 @@ class ResponseCache:
                 continue
             elif found := self._read(key, value):
                 known[key] = found
-                self._memory.put(key, value)
+                self._memory.put({key: value})
                 self.metrics.show_bytes(self._memory.bytes_held)
                 self.metrics.redis_hits.inc()
             elif not self._is_ours(key, value):
@@ -439,30 +441,32 @@ class ResponseCache:
         self._ended.append((run, outcomes))
 
     def _keep_all(self) -> None:
-        all_ended, self._ended = self._ended, []
-        for run, outcomes in all_ended:
-            self.keep(run, outcomes)
-        for run, _ in all_ended:
+        ended, self._ended = self._ended, []
+        said: dict[Key, Outcome] = {}
+        for run, outcomes in ended:
+            said |= _lasting(run, outcomes)
+        self._keep(said)
+        for run, _ in ended:
             self.forget(run)
 
     def keep(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
         """Keep what `run` says, as far as it is new and nobody has asked again meanwhile."""
-        # What a shared run gives may be what another process said, and has been kept.
-        if not isinstance(run.ticket, SharedRun):
-            self._keep(run.keys, outcomes, run.outdated)
+        self._keep(_lasting(run, outcomes))
 
-    def _keep(self, keys: Sequence[Key], outcomes: Sequence[Outcome], outdated: set[Key]) -> None:
-        now = time()
-        for key, outcome in zip(keys, outcomes, strict=True):
+    def _keep(self, said: Mapping[Key, Outcome]) -> None:
+        now, kind, to_json = time(), self._prediction, self._to_json
+        values = {}
+        for key, outcome in said.items():
             # No ItemError; nor what has more to it than can be read again.
-            if type(outcome) is not self._prediction or key in outdated:
-                continue
-            try:
-                value = HEAD.pack(FORMAT, now, key[:16]) + self._to_json(outcome, by_alias=True)
-            except PydanticSerializationError:
-                continue
-            self._memory.put(key, value)
-            if self._shared:
+            if type(outcome) is kind:
+                try:
+                    content = to_json(outcome, by_alias=True)
+                except PydanticSerializationError:
+                    continue
+                values[key] = HEAD.pack(FORMAT, now, key[:16]) + content
+        self._memory.put(values)
+        if self._shared:
+            for key, value in values.items():
                 self._shared.put(self._name(key), value, self._ttl_s)
         self.metrics.show_bytes(self._memory.bytes_held)
 
@@ -529,6 +533,17 @@ class _Flight:
     def _end(self) -> None:
         self._is_done = True
         self._cache.forget(self._run)
+
+
+def _lasting(run: _Run, outcomes: Sequence[Outcome]) -> Mapping[Key, Outcome]:
+    """What `run` says that is to be kept."""
+    # What a shared run gives may be what another process said, and has been kept.
+    if isinstance(run.ticket, SharedRun):
+        return {}
+    said = dict(zip(run.keys, outcomes, strict=True))
+    for key in run.outdated:
+        said.pop(key, None)
+    return said
 
 
 def _custom_parts(schema: Any) -> str:

@@ -1,6 +1,7 @@
 """Cached answers in this process: those that were not asked for the longest go first."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 ENTRY_OVERHEAD_BYTES = 320
 """What an entry takes beside its value, in CPython 3.11 on 64 bits; a test weighs it."""
@@ -24,18 +25,21 @@ class MemoryStore:
             self._values.move_to_end(key)
         return value
 
-    def put(self, key: bytes, value: bytes) -> None:
-        """Keep `value`, unless it is larger than all that may be held."""
-        if key in self._values:
-            self.discard(key)
-        size = len(value) + ENTRY_OVERHEAD_BYTES
-        if size > self._max_bytes:
-            return
-        self._values[key] = value
-        self.bytes_held += size
-        while self.bytes_held > self._max_bytes:
-            _, oldest = self._values.popitem(last=False)
-            self.bytes_held -= len(oldest) + ENTRY_OVERHEAD_BYTES
+    def put(self, values: Mapping[bytes, bytes]) -> None:
+        """Keep `values` by their keys, but for those larger than all that may be held."""
+        kept, most, held = self._values, self._max_bytes, self.bytes_held
+        for key, value in values.items():
+            old = kept.pop(key, None)
+            if old is not None:
+                held -= len(old) + ENTRY_OVERHEAD_BYTES
+            size = len(value) + ENTRY_OVERHEAD_BYTES
+            if size <= most:
+                kept[key] = value
+                held += size
+        while held > most:
+            _, oldest = kept.popitem(last=False)
+            held -= len(oldest) + ENTRY_OVERHEAD_BYTES
+        self.bytes_held = held
 
     def discard(self, key: bytes) -> None:
         value = self._values.pop(key, None)

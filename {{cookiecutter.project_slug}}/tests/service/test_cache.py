@@ -173,17 +173,17 @@ class TestMemory:
     def test_what_was_not_asked_for_the_longest_goes_first(self) -> None:
         store = MemoryStore(max_bytes=3 * (ENTRY_OVERHEAD_BYTES + 1))
         for key in (b"a", b"b", b"c"):
-            store.put(key, b"x")
+            store.put({key: b"x"})
         store.get(b"a")
-        store.put(b"d", b"x")
+        store.put({b"d": b"x"})
         assert [key for key in (b"a", b"b", b"c", b"d") if store.get(key)] == [b"a", b"c", b"d"]
 
     def test_what_is_too_large_is_not_kept_and_what_is_replaced_counts_once(self) -> None:
         store = MemoryStore(1000)
-        store.put(b"a", b"x" * 10)
-        store.put(b"b", b"x" * 2000)
+        store.put({b"a": b"x" * 10})
+        store.put({b"b": b"x" * 2000})
         assert not store.get(b"b")
-        store.put(b"a", b"x" * 100)
+        store.put({b"a": b"x" * 100})
         assert store.bytes_held == ENTRY_OVERHEAD_BYTES + 100
         for _ in range(2):
             store.discard(b"a")
@@ -196,7 +196,7 @@ class TestMemory:
         tracemalloc.start()
         try:
             for number in range(3 * most // size):
-                store.put(number.to_bytes(32), b"%*d" % (size, number))
+                store.put({number.to_bytes(32): b"%*d" % (size, number)})
             taken = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
@@ -369,7 +369,7 @@ class TestAnswers:
             cached = cache(stores=Stores(store), times=Times(60))
             key = cached.key(Features(x=1))
             for age, is_known in ((59, True), (-4, True), (61, False), (-60, False)):
-                store.put(key, HEAD.pack(1, time() - age, key[:16]) + b'{"y": 2}')
+                store.put({key: HEAD.pack(1, time() - age, key[:16]) + b'{"y": 2}'})
                 asked = ask(cached, model, 1)
                 await settle()
                 assert bool(model.asked) is not is_known
@@ -422,7 +422,7 @@ class TestAnswers:
                 "other format": HEAD.pack(2, time(), key[:16]),
                 "right": HEAD.pack(1, time(), key[:16]),
             }
-            store.put(key, heads[head] + content)
+            store.put({key: heads[head] + content})
             asked = ask(cached, model, 1)
             await settle()
             assert not store.get(key)
