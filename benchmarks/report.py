@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.contestants import contestants
 from benchmarks.plot import Bar, Panel, draw
-from benchmarks.sections import OURS, POLICIES
+from benchmarks.sections import KNOWN, OURS, POLICIES
 from benchmarks.workloads import WORKLOADS
 
 BARE, BATCHED, TUTORIAL = "bare_asgi", "bare_asgi_batched", "tutorial_fastapi"
@@ -387,7 +387,7 @@ def _cache(figures: Figures) -> str:
         asked = {"workload": workload, "connections": connections, "tier": tier, "point": point}
         return figures.median("cache", what, **asked)
 
-    points = figures.values("cache", "point")
+    points = [f"known {share:.0%}" for share in KNOWN]
     for workload in figures.values("cache", "workload"):
         for connections in figures.values("cache", "connections"):
             rows = [

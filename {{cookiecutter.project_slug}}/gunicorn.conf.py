@@ -1,9 +1,9 @@
 """How gunicorn runs the service; `python -m app` starts it."""
 
-import gc
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ def on_starting(server: Any) -> None:
     """Let a stop of the whole service refuse connections before it closes the socket."""
     from app.worker import refuse_new_connections
 
+    # SIGUSR2 starts another gunicorn so; by itself it would say `gunicorn`, as sys.argv does.
+    server.START_CTX |= {0: sys.executable, "args": [sys.executable, "-m", "app"]}
     stop = server.stop
 
     def refuse_and_stop(graceful: bool = True) -> None:
@@ -52,10 +54,6 @@ def on_starting(server: Any) -> None:
         stop(graceful)
 
     server.stop = refuse_and_stop
-
-
-def when_ready(server: Any) -> None:
-    gc.enable()
 
 
 # With several workers, each counts into files of its own, and /metrics adds them up. A worker goes

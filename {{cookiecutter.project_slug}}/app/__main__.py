@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     # What is imported is no garbage, and to look for some takes a tenth of the start.
-    # gunicorn.conf.py and app.serving enable it again.
+    # app.worker and app.serving enable it again.
     gc.disable()
     # gunicorn reads this when it is imported, and a bad one breaks that. gunicorn.conf.py says
     # what is wrong with it.

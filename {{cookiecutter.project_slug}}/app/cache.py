@@ -445,9 +445,11 @@ class ResponseCache:
         said: dict[Key, Outcome] = {}
         for run, outcomes in ended:
             said |= _lasting(run, outcomes)
-        self._keep(said)
-        for run, _ in ended:
-            self.forget(run)
+        try:
+            self._keep(said)
+        finally:
+            for run, _ in ended:
+                self.forget(run)
 
     def keep(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
         """Keep what `run` says, as far as it is new and nobody has asked again meanwhile."""

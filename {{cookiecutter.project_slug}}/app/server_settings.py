@@ -33,12 +33,13 @@ def read_server_settings() -> ServerSettings:
     reader = context.Process(target=_send_server_settings, args=(sender,))
     reader.start()
     sender.close()
-    # Not told by its exit status, which may go to gunicorn, as that waits for any child.
     try:
         with receiver:
             return ServerSettings(*receiver.recv())
     except EOFError:
-        sys.exit(1)
+        reader.join()
+        killed_by = -(reader.exitcode or 0)
+        sys.exit(f"Reading the settings was ended by signal {killed_by}." if killed_by > 0 else 1)
     finally:
         reader.join()
 

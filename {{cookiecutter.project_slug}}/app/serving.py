@@ -29,10 +29,11 @@ RETRY_S = 5.0
 """How long a worker that cannot take another's place waits before gunicorn may try again."""
 
 
-def serve(worker: Worker) -> None:
-    """Answer requests until the worker is told to stop, or cannot go on."""
-    config = Config(
+def configuration(worker: Worker) -> Config:
+    return Config(
         worker.wsgi,
+        # One is what this process is. uvicorn would read WEB_CONCURRENCY, and of an empty one fail.
+        workers=1,
         loop="uvloop",
         http=Protocol,
         ws="none",
@@ -50,7 +51,12 @@ def serve(worker: Worker) -> None:
         ssl_keyfile=worker.cfg.keyfile,
         ssl_ca_certs=worker.cfg.ca_certs,
         ssl_cert_reqs=worker.cfg.cert_reqs,
+        ssl_ciphers=worker.cfg.ciphers,
     )
+
+
+def serve(worker: Worker, config: Config) -> None:
+    """Answer requests until the worker is told to stop, or cannot go on."""
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(worker, config))
 
@@ -59,9 +65,12 @@ async def _serve(worker: Worker, config: Config) -> None:
     lifecycle: Lifecycle = worker.wsgi.lifecycle
     lifecycle.join(worker.cfg.workers, worker.load_count)
     server = DrainingServer(config, lifecycle)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.stop)
+    # gunicorn's word for a quick stop. The other ends a worker in whatever it does.
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGQUIT, signal.raise_signal, signal.SIGTERM)
     heartbeat = asyncio.create_task(_beat(worker))
-    # What is imported stays. To walk it again once the models are loaded would take 40 ms.
+    # What is imported stays. To walk it, now or once the models are loaded, would take 40 ms, and
+    # find 1 MB.
     gc.freeze()
     loading = lifecycle.start()
     loading.add_done_callback(lambda _: spare_the_collector())
@@ -123,9 +132,6 @@ class DrainingServer(Server):
     def __init__(self, config: Config, lifecycle: Lifecycle) -> None:
         super().__init__(config)
         self.lifecycle = lifecycle
-
-    def stop(self) -> None:
-        self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.lifecycle.is_broken

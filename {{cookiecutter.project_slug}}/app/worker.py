@@ -21,8 +21,13 @@ class Worker(BaseWorker):
     load_count: ClassVar = multiprocessing.Value("i", 0)
     """How often workers have loaded their models. Shared, as it is made before the fork."""
 
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        # In gunicorn's process, before each fork: what that imports it has by now.
+        gc.enable()
+
     def init_signals(self) -> None:
-        # gunicorn's handlers would come before those that uvicorn sets.
+        # Those of gunicorn's process are inherited. uvicorn sets its own.
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         # Log files are opened again at this one; it would end the process otherwise.
@@ -40,11 +45,15 @@ class Worker(BaseWorker):
             self.log.critical(str(error))
             # This status, and no other, makes gunicorn give up instead of starting over.
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
+        # Here, as gunicorn gives up as well after an error before `run`.
+        from app.serving import configuration
+
+        self.config = configuration(self)
 
     def run(self) -> None:
         from app.serving import serve
 
-        serve(self)
+        serve(self, self.config)
 
 
 def refuse_new_connections(listener: socket.socket) -> None:

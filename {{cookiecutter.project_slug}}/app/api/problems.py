@@ -114,6 +114,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 def problems(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these errors."""
-    # Not as models: FastAPI would prepare to serialize each of them, 20 ms of a start.
-    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}}
+    # Not as models: FastAPI would prepare to serialize each of them, 20 ms of a start. Their schema
+    # is put in by app.api.openapi.
+    content: dict[str, Any] = {PROBLEM_MEDIA_TYPE: {}}
     return {status.value: {"description": status.phrase, "content": content} for status in statuses}

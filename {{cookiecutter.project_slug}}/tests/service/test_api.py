@@ -8,6 +8,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from app.api.openapi import add_error_schemas
 from tests.service.server import Service, Start, assert_problem
 
 KEY, OLD_KEY = "correct horse battery staple", "tr0ub4dor&3"
@@ -57,7 +58,15 @@ class TestOpenAPI:
         codes = {"401", "408", "413", "415", "422", "429", "500", "503", "504"}
         assert responses.keys() == codes | {"200"}
         for code in codes:
-            assert responses[code]["content"].keys() == {"application/problem+json"}
+            [(kind, content)] = responses[code]["content"].items()
+            assert kind == "application/problem+json"
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+
+    def test_a_model_called_like_an_error_keeps_its_schema(self) -> None:
+        schemas: dict[str, Any] = {"Problem": {"title": "Of a predictor"}}
+        reference = add_error_schemas(schemas)["$ref"]
+        assert schemas["Problem"] == {"title": "Of a predictor"}
+        assert "detail" in schemas[reference.rpartition("/")[2]]["properties"]
 
     def test_every_path_is_documented_and_every_reference_resolves(self, service: Service) -> None:
         document = service.client.get("/openapi.json").json()

@@ -117,6 +117,25 @@ def test_a_reload_brings_new_workers_and_loses_nothing(start: Start) -> None:
     assert len(worker_pids(service)) == 2
 
 
+def test_another_gunicorn_goes_on_with_the_socket(start: Start) -> None:
+    service = start().wait_for("/ready")
+    service.signal(signal.SIGUSR2)
+    service.wait_until(lambda: times_loaded(service) == 2)
+    [_, listening] = [line["event"] for line in service.log_lines() if "Listening at" in line["event"]]
+    other = int(listening.rpartition("(")[2].rstrip(")"))
+    try:
+        service.signal(signal.SIGTERM)
+        assert service.exit_code() == 0
+        assert_answers(service, requests=10)
+    finally:
+        os.kill(other, signal.SIGTERM)
+    service.wait_until(lambda: not Path(f"/proc/{other}").exists())
+
+
+def test_an_empty_number_of_workers_is_one(start: Start) -> None:
+    assert_answers(start(WEB_CONCURRENCY="").wait_for("/ready"), requests=1)
+
+
 def test_gunicorn_has_not_imported_what_workers_need(start: Start) -> None:
     service = start().wait_for("/ready")
     [worker] = worker_pids(service)
