@@ -121,7 +121,9 @@ def test_another_gunicorn_goes_on_with_the_socket(start: Start) -> None:
     service = start().wait_for("/ready")
     service.signal(signal.SIGUSR2)
     service.wait_until(lambda: times_loaded(service) == 2)
-    [_, listening] = [line["event"] for line in service.log_lines() if "Listening at" in line["event"]]
+    [_, listening] = [
+        line["event"] for line in service.log_lines() if "Listening at" in line["event"]
+    ]
     other = int(listening.rpartition("(")[2].rstrip(")"))
     try:
         service.signal(signal.SIGTERM)
