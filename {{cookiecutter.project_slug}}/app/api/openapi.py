@@ -46,7 +46,7 @@ def add_error_schemas(schemas: dict[str, Any]) -> dict[str, str]:
     errors = {Problem.__name__, FieldError.__name__}
     # A predictor may have a model of the same name.
     prefix = "" if errors.isdisjoint(schemas) else "app__errors__"
-    template = f"#/components/schemas/{prefix}{{model}}"
+    template = "#/components/schemas/" + prefix + "{model}"
     _, found = models_json_schema([(Problem, "serialization")], ref_template=template)
     schemas |= {prefix + name: schema for name, schema in found["$defs"].items()}
     return {"$ref": template.format(model=Problem.__name__)}
