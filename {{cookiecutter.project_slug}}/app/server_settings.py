@@ -33,15 +33,16 @@ def read_server_settings() -> ServerSettings:
     reader = context.Process(target=_send_server_settings, args=(sender,))
     reader.start()
     sender.close()
-    try:
-        with receiver:
-            return ServerSettings(*receiver.recv())
-    except EOFError:
-        reader.join()
+    with receiver:
+        try:
+            needed = receiver.recv()
+        except EOFError:
+            needed = None
+    reader.join()
+    if needed is None:
         killed_by = -(reader.exitcode or 0)
         sys.exit(f"Reading the settings was ended by signal {killed_by}." if killed_by > 0 else 1)
-    finally:
-        reader.join()
+    return ServerSettings(*needed)
 
 
 def _send_server_settings(sender: Connection) -> None:
