@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -46,7 +46,7 @@ class Answer:
     outcomes: Sequence[Outcome]
     """One for each row, in order."""
 
-    errors: dict[int, ItemError]
+    errors: Mapping[int, ItemError]
     """Those of the outcomes that are no predictions, by the number of the row."""
 
     cache: CacheStatus | None
@@ -107,15 +107,14 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     Raises:
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
-    submit = partial(_submit, model, terms)
     cache, use = model.cache, terms.use
     is_normal = use is CacheUse.NORMAL
     age_s = None
     try:
         if cache is None or use is CacheUse.NONE:
-            outcomes = await outcomes_of(partial(submit, rows))
+            outcomes = await outcomes_of(partial(_submit, model, terms, rows))
         else:
-            deadline = terms.deadline
+            submit, deadline = partial(_submit, model, terms), terms.deadline
             answered = await cache.answer(rows, submit, deadline, refresh=not is_normal)
             outcomes, age_s = answered.outcomes, answered.age_s
     except (ServiceError, asyncio.CancelledError) as error:
@@ -124,7 +123,10 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
             # Logged here, where the log knows which request it was.
             log.exception("prediction failed", extra={"model": model.name})
         raise
-    errors = {row: item for row, item in enumerate(outcomes) if isinstance(item, ItemError)}
+    errors: dict[int, ItemError] = {}
+    for row, outcome in enumerate(outcomes):
+        if isinstance(outcome, ItemError):
+            errors[row] = outcome  # noqa: PERF403  # A comprehension would be a call.
     if model.metrics:
         model.metrics.ended("invalid" if errors else "ok")
     if model.values:

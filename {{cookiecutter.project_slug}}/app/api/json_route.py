@@ -8,14 +8,14 @@ what JSON has not: NaN and Infinity.
 import asyncio
 import re
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from fastapi import Depends, Header
+from fastapi import Body, Depends, Header
 from pydantic import BaseModel, ValidationError
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from app import inference
 from app.api.keys import ApiKeys
@@ -30,9 +30,10 @@ from app.errors import (
     invalid_fields,
     invalid_input,
 )
-from app.inference import CacheStatus, CacheUse
+from app.inference import Answer, CacheStatus, CacheUse
 from app.jobs import Job
 from app.metrics import RouteMetrics
+from app.predictor import BaseFeatures
 from app.protocol import Exchange
 from app.repository import ServedModel
 from app.settings import Settings
@@ -58,10 +59,17 @@ Parse = Callable[[bytes], BaseModel]
 RAW_MEDIA_TYPE = b"application/octet-stream"
 """Of a body that is the numbers of the only feature; see app.tensor."""
 
+STEERING = frozenset((b"x-request-timeout-ms", b"priority", b"cache-control"))
+"""Headers that say how a request is to be treated. Mostly there are none."""
+
+CACHE_HEADERS: dict[CacheStatus, RawHeaders] = {
+    status: ((b"x-cache", status.encode()),) for status in get_args(CacheStatus)
+}
+
 
 @dataclass(eq=False)
 class Call:
-    """A request to a JSON endpoint, its body aside."""
+    """A request, its body aside, and later what became of it."""
 
     request_id: str
     started: float
@@ -70,6 +78,12 @@ class Call:
     headers: Headers
     exchange: Exchange | None = None
     """What app.protocol has to offer, if it is the one that serves."""
+
+    route: "JsonRoute | None" = None
+    """What answers it. None: FastAPI does."""
+
+    scope: Scope | None = None
+    """ASGI's, if FastAPI answers it."""
 
     # What is mostly as it is here is an attribute of the class, which takes no time.
     deadline: float = field(default=0, init=False)
@@ -92,12 +106,52 @@ class Call:
     reply_headers: RawHeaders = field(default=(), init=False)
     """Of the answer, beside those that every one has."""
 
+    status: int = field(default=0, init=False)
+    """Of the answer, once there is one."""
+
+    seconds: float = field(default=0, init=False)
+    """From `started` to the answer."""
+
+    ended: float = field(default=0, init=False)
+    """When it was answered, by `monotonic`."""
+
     @property
     def is_alone(self) -> bool:
         return self.exchange is not None and self.exchange.is_alone
 
 
-def _documented(
+@dataclass(frozen=True)
+class Endpoint:
+    """How rows are found in the body of a request, and how the answer says what came of them."""
+
+    request_type: type[BaseModel]
+    response_type: type[BaseModel]
+    rows_of: Callable[[Any], list[BaseFeatures]]
+    """Of a body, which is a `request_type`."""
+
+    content_of: Callable[[Answer, Call], bytes]
+    """The JSON of the answer, a `response_type`.
+
+    Raises InvalidInput if the model could not score all rows.
+    """
+
+    summary: str
+    example: dict[str, Any]
+    """A body."""
+
+    def documented(self) -> Callable[..., Any]:
+        """What FastAPI can read all of this from; it is never called."""
+
+        async def predict(body: Any, headers: Annotated[None, Depends(_headers)]) -> None:
+            raise NotImplementedError
+
+        # The types are the model's own, known only now.
+        body_type: Any = self.request_type
+        predict.__annotations__["body"] = Annotated[body_type, Body(examples=[self.example])]
+        return predict
+
+
+def _headers(
     timeout_ms: Annotated[
         int | None,
         Header(alias=TIMEOUT, ge=1, description="Answer with 504 after so many milliseconds."),
@@ -111,22 +165,7 @@ def _documented(
         Header(description="`no-cache`: ask the model anew; `no-store`: and keep nothing."),
     ] = None,
 ) -> None:
-    """The headers that make up a call."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A function that answers, and what FastAPI is told of it."""
-
-    function: Callable[[Any, Call], Awaitable[bytes]]
-    """Gets the body, and gives the JSON of the answer."""
-
-    request_type: type[BaseModel]
-    response_type: type[BaseModel]
-    summary: str
-
-
-CallParameter = Annotated[Call, Depends(_documented)]
+    """Those of STEERING."""
 
 
 class ClientLeft(Exception):
@@ -134,7 +173,7 @@ class ClientLeft(Exception):
 
 
 class JsonRoute:
-    """Answers one path: reads the body, and calls `endpoint`, which asks `model`."""
+    """Answers one path: reads the body, and asks `model`."""
 
     def __init__(
         self,
@@ -146,7 +185,7 @@ class JsonRoute:
     ) -> None:
         self.path = path
         self.model = model
-        self._endpoint = endpoint.function
+        self._rows_of, self._content_of = endpoint.rows_of, endpoint.content_of
         body_model = endpoint.request_type
         self._parse: Parse = body_model.model_validate_json
         self._parse_raw: Parse | None = None
@@ -182,8 +221,13 @@ class JsonRoute:
         Raises:
             ServiceError: there is.
         """
-        self._keys.check(call.headers)
-        deadline = monotonic() + self._timeout(call.headers)
+        headers, timeout_s = call.headers, self._timeout_s
+        self._keys.check(headers)
+        if not STEERING.isdisjoint(headers):
+            timeout_s = self._timeout(headers)
+            call.priority = _priority(headers)
+            call.use = _cache_use(headers)
+        deadline = monotonic() + timeout_s
         inference.admit(self.model, deadline)
         call.deadline = deadline
 
@@ -191,36 +235,39 @@ class JsonRoute:
         """The JSON of the answer; without `receive`, the call has an exchange.
 
         Raises:
-            ServiceError: the request is refused, or the endpoint raised it.
+            ServiceError: the request is refused, or the model did not score it.
             ClientLeft: there is nobody to answer any more.
         """
         if not call.deadline:
             self.admit(call)
-        call.priority = _priority(call.headers)
-        call.use = _cache_use(call.headers)
         parse = self._parser(call.headers)
-        content = call.exchange.take_content(self._max_body_bytes) if call.exchange else None
+        exchange = call.exchange
+        content = exchange.take_content(self._max_body_bytes) if exchange else None
         if content is None:
-            content = await self._read(receive or call.exchange.asgi[1], call)  # type: ignore[union-attr]
+            content = await self._read(receive or exchange.asgi[1], call)  # type: ignore[union-attr]
         begun = monotonic() if call.span else 0.0
         try:
-            body = parse(content)
+            rows = self._rows_of(parse(content))
         except ValidationError as error:
             raise invalid_input(error) from None
         finally:
             if call.span:
                 call.parsed = begun, monotonic()
-        if call.exchange:
-            call.exchange.is_waiting = True
+        if exchange:
+            exchange.is_waiting = True
         try:
-            return await self._endpoint(body, call)
+            answer = await inference.predict(self.model, rows, call)
         except asyncio.CancelledError:
-            if not (call.exchange and call.exchange.disconnected):
+            if not (exchange and exchange.disconnected):
                 raise
             raise ClientLeft from None
         finally:
-            if call.exchange:
-                call.exchange.is_waiting = False
+            if exchange:
+                exchange.is_waiting = False
+        said = self._content_of(answer, call)
+        if answer.cache:
+            _tell_of_cache(call, answer.cache, answer.age_s)
+        return said
 
     def _parser(self, headers: Headers) -> Parse:
         """
@@ -284,6 +331,12 @@ class JsonRoute:
     def _stop_reading(self, reader: Reader) -> None:
         self._late.add(reader)
         reader.cancel()
+
+
+def _tell_of_cache(call: Call, status: CacheStatus, age_s: float | None) -> None:
+    call.cache, call.reply_headers = status, CACHE_HEADERS[status]
+    if age_s is not None:
+        call.reply_headers += ((b"age", b"%d" % age_s),)
 
 
 def _priority(headers: Headers) -> int:

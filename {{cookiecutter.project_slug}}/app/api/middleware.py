@@ -35,7 +35,7 @@ def request_id_of(headers: Headers) -> str:
     if given is not None and SANE_REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
     # It names a request and protects nothing.
-    return f"{getrandbits(128):032x}"
+    return getrandbits(128).to_bytes(16).hex()
 
 
 def _enter(call: Call) -> None:
@@ -85,7 +85,7 @@ class RequestContext:
         do, to say so has to cost as little as can be, or nothing else gets done.
         """
         route, headers = self.routes[exchange.path], exchange.headers
-        call = Call(request_id_of(headers), perf_counter(), headers, exchange)
+        call = Call(request_id_of(headers), perf_counter(), headers, exchange, route)
         self.observers.begin(call, "POST", route.path)
         # A process that ends closes its connections, too.
         if may_refuse and not self.lifecycle.is_ending:
@@ -94,7 +94,7 @@ class RequestContext:
             except ServiceError as error:
                 # None of these closes the connection.
                 self._respond(call, problem_reply(error, call.request_id))
-                self.observers.end(call, error.status, route)
+                self.observers.end(call, error.status)
                 return None
         return self._answer(route, call)
 
@@ -103,9 +103,10 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        call = Call(request_id_of(headers), perf_counter(), headers)
+        route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
+        call = Call(request_id_of(headers), perf_counter(), headers, route=route, scope=scope)
         self.observers.begin(call, scope["method"], scope["path"])
-        if scope["method"] == "POST" and (route := self.routes.get(scope["path"])):
+        if route:
             await self._answer(route, call, (scope, receive, send))
             return
 
@@ -128,7 +129,7 @@ class RequestContext:
             log.exception("unhandled error")
             if not status:
                 await problem_response(unforeseen(), call.request_id)(scope, receive, send_and_note)
-        self.observers.end(call, status, scope=scope)
+        self.observers.end(call, status)
 
     def _in_context(self, call: Call, send: Send) -> Send:
         """`send`, with the headers that every answer has."""
@@ -152,14 +153,14 @@ class RequestContext:
             content = await route.answer(call, asgi[1] if asgi else None)
             reply = Reply(200, JSON, content, call.reply_headers)
         except ClientLeft:
-            self.observers.end(call, CLIENT_LEFT, route)
+            self.observers.end(call, CLIENT_LEFT)
             return
         except BodyTooLarge as error:
             scope, receive, send = _asgi(call, asgi)
             response = problem_response(error, call.request_id)
             # It reads on for a while before it closes, by a clock that a task has to have.
             await asyncio.create_task(response(scope, receive, self._in_context(call, send)))
-            self.observers.end(call, error.status, route)
+            self.observers.end(call, error.status)
             return
         except ServiceError as error:
             reply = problem_reply(error, call.request_id)
@@ -169,7 +170,7 @@ class RequestContext:
         may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
             await reply.send(self._in_context(call, _asgi(call, asgi)[2]))
-        self.observers.end(call, reply.status, route)
+        self.observers.end(call, reply.status)
 
     def _respond(self, call: Call, reply: Reply) -> bool:
         """Whether the reply could be sent past ASGI, and was."""

@@ -4,12 +4,10 @@ import asyncio
 import logging
 from collections.abc import Collection
 from contextvars import Context
-from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Any
 
 from pydantic_core import to_json
-from starlette.types import Scope
 
 from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
@@ -21,43 +19,6 @@ log = logging.getLogger(__name__)
 
 MAX_PATH_CHARS = 200
 """Of a path that somebody asked for, in the log or a trace."""
-
-
-@dataclass(slots=True)
-class Ended:
-    """A request that has been answered."""
-
-    call: Call
-    status: int
-    route: JsonRoute | None
-    """None: FastAPI has answered it, and this is its scope."""
-
-    scope: Scope | None
-    seconds: float
-    ended: float
-    """By `monotonic`."""
-
-    @property
-    def method(self) -> str:
-        return "POST" if self.route or not self.scope else str(self.scope["method"])
-
-    @property
-    def path(self) -> str:
-        """That was asked for, as far as it is told."""
-        if self.route or not self.scope:
-            return self.route_path
-        return str(self.scope["path"])[:MAX_PATH_CHARS]
-
-    @property
-    def route_path(self) -> str:
-        """That of the route that was found; empty without one."""
-        found = self.route or (self.scope or {}).get("route")
-        return getattr(found, "path", "")
-
-    @property
-    def scheme(self) -> str:
-        exchange = self.call.exchange
-        return exchange.scheme if exchange else str((self.scope or {}).get("scheme", "http"))
 
 
 class Observers:
@@ -72,7 +33,7 @@ class Observers:
         self._access_log = access_log
         self._tracing = tracing
         self._quiet = quiet
-        self._ended: list[Ended] = []
+        self._ended: list[Call] = []
         self._heads: dict[JsonRoute, bytes] = {}
         self._last_form: tuple[tuple[object, ...] | None, bytes] = (None, b"")
 
@@ -81,53 +42,48 @@ class Observers:
         if self._tracing and path not in self._quiet:
             call.span = self._tracing.begin(call.headers, method, call.started)
 
-    def end(
-        self, call: Call, status: int, route: JsonRoute | None = None, scope: Scope | None = None
-    ) -> None:
+    def end(self, call: Call, status: int) -> None:
         """It has been answered with `status`, or is not to be answered any more."""
         if not self._ended:
             # Not in the context of the one that happens to be the first.
             asyncio.get_running_loop().call_soon(self._tell, context=Context())
-        seconds = perf_counter() - call.started
-        self._ended.append(Ended(call, status, route, scope, seconds, monotonic()))
+        call.status = status
+        call.seconds = perf_counter() - call.started
+        call.ended = monotonic()
+        self._ended.append(call)
 
     def _tell(self) -> None:
         all_ended, self._ended = self._ended, []
         # It has the time in it, and how long the batch took so far.
         self._last_form = None, b""
-        by_route: dict[JsonRoute, list[Ended]] = {}
-        for ended in all_ended:
-            if ended.route:
-                by_route.setdefault(ended.route, []).append(ended)
+        by_route: dict[JsonRoute, list[Call]] = {}
+        for call in all_ended:
+            if call.route:
+                by_route.setdefault(call.route, []).append(call)
             try:
-                self._write(ended)
-                if ended.call.span:
-                    _end_span(ended)
+                self._write(call)
+                if call.span:
+                    _end_span(call)
             except Exception:
                 log.exception("telling of a request failed")
         self._access_log.flush()
-        for route, those in by_route.items():
-            statuses = [ended.status for ended in those]
-            route.metrics.ended(statuses, [ended.seconds for ended in those])
+        for route, calls in by_route.items():
+            statuses = [call.status for call in calls]
+            route.metrics.ended(statuses, [call.seconds for call in calls])
 
-    def _write(self, ended: Ended) -> None:
-        access_log, route = self._access_log, ended.route
-        level = logging.INFO if route or ended.path not in self._quiet else logging.DEBUG
+    def _write(self, call: Call) -> None:
+        access_log, route, timings = self._access_log, call.route, call.timings
+        level = logging.INFO if route or _path_of(call) not in self._quiet else logging.DEBUG
         if not access_log.takes(level):
             return
-        call, timings = ended.call, ended.call.timings
         is_traced = call.span or b"traceparent" in call.headers
         has_waited_in_vain = timings and not timings.batch
         if not (route and access_log.writes_json) or is_traced or has_waited_in_vain:
-            access_log.write(level, _fields(ended))
+            access_log.write(level, _fields(call))
             return
         # What `_fields` gives, in a fifth of the time. A sane request id needs no escapes.
         batch = timings.batch if timings else None
-        values: tuple[object, ...] = (
-            ended.status,
-            ended.seconds * 1000,
-            call.request_id.encode(),
-        )
+        values: tuple[object, ...] = call.status, call.seconds * 1000, call.request_id.encode()
         if timings and batch:
             values += ((batch.started - timings.queued) * 1000,)
         access_log.write_line(self._form(route, call.cache, batch) % values)
@@ -181,14 +137,35 @@ def _ms(seconds: float) -> float:
     return int(seconds * 1e6) / 1000
 
 
-def _fields(ended: Ended) -> dict[str, Any]:
+def _path_of(call: Call) -> str:
+    """What was asked for, as far as it is told."""
+    if call.route or not call.scope:
+        return _route_path_of(call)
+    return str(call.scope["path"])[:MAX_PATH_CHARS]
+
+
+def _route_path_of(call: Call) -> str:
+    """Empty if no route was found."""
+    found = call.route or (call.scope or {}).get("route")
+    return getattr(found, "path", "")
+
+
+def _method_of(call: Call) -> str:
+    return str(call.scope["method"]) if call.scope else "POST"
+
+
+def _scheme_of(call: Call) -> str:
+    return call.exchange.scheme if call.exchange else str((call.scope or {}).get("scheme", "http"))
+
+
+def _fields(call: Call) -> dict[str, Any]:
     """Of its line in the log."""
-    call, route = ended.call, ended.route
+    route = call.route
     fields: dict[str, Any] = {
-        "method": ended.method,
-        "path": ended.path,
-        "status": int(ended.status),
-        "duration_ms": _ms(ended.seconds),
+        "method": _method_of(call),
+        "path": _path_of(call),
+        "status": int(call.status),
+        "duration_ms": _ms(call.seconds),
         "request_id": call.request_id,
     }
     if trace_id := _trace_id(call):
@@ -200,7 +177,7 @@ def _fields(ended: Ended) -> dict[str, Any]:
     if timings := call.timings:
         batch = timings.batch
         # Who was not answered in time waits still, or is being computed.
-        fields["queue_wait_ms"] = _ms((batch.started if batch else ended.ended) - timings.queued)
+        fields["queue_wait_ms"] = _ms((batch.started if batch else call.ended) - timings.queued)
         if batch:
             fields["batch_rows"] = batch.rows
             if batch.seconds is not None:
@@ -208,37 +185,36 @@ def _fields(ended: Ended) -> dict[str, Any]:
     return fields
 
 
-def _end_span(ended: Ended) -> None:
-    call, route = ended.call, ended.route
+def _end_span(call: Call) -> None:
+    route = call.route
     attributes: dict[str, Any] = {
-        "http.request.method": ended.method,
-        "url.path": ended.path,
-        "url.scheme": ended.scheme,
+        "http.request.method": _method_of(call),
+        "url.path": _path_of(call),
+        "url.scheme": _scheme_of(call),
         "request.id": call.request_id,
     }
-    if path := ended.route_path:
+    if path := _route_path_of(call):
         attributes["http.route"] = path
     if route:
         attributes["model.name"] = route.model.name
         attributes["model.version"] = route.model.version or ""
-        _tell_parts(ended)
+        _tell_parts(call)
     if call.span:
-        call.span.end(ended.status, attributes, ended.ended)
+        call.span.end(call.status, attributes, call.ended)
 
 
-def _tell_parts(ended: Ended) -> None:
-    call, timings = ended.call, ended.call.timings
-    span = call.span
+def _tell_parts(call: Call) -> None:
+    span, timings = call.span, call.timings
     if span is None or call.parsed is None:
         return
     begun, parsed = call.parsed
     span.part("validation", begun, parsed)
     if call.cache:
-        asked_model = timings.queued if timings else ended.ended
+        asked_model = timings.queued if timings else call.ended
         span.part("cache", parsed, asked_model, status=call.cache)
     if timings:
         batch = timings.batch
-        span.part("queue", timings.queued, batch.started if batch else ended.ended)
+        span.part("queue", timings.queued, batch.started if batch else call.ended)
         if batch:
-            end = ended.ended if batch.seconds is None else batch.started + batch.seconds
+            end = call.ended if batch.seconds is None else batch.started + batch.seconds
             span.part("compute", batch.started, end, batch.trace, rows=batch.rows)

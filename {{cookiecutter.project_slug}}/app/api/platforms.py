@@ -10,6 +10,7 @@ nothing else, back; and both ask another path whether to send any. Their contrac
 """
 
 from collections.abc import Collection, Container
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -18,15 +19,8 @@ from pydantic_core import to_json
 from starlette.routing import Match
 
 from app.api.instrumentation import METRICS
-from app.api.json_route import CallParameter, Endpoint
-from app.api.predict import (
-    BatchRequest,
-    PredictionRoutes,
-    batch_endpoint,
-    declare_body,
-    score_instances,
-    title_of,
-)
+from app.api.json_route import Endpoint
+from app.api.predict import PredictionRoutes, all_of, batch_endpoint, title_of
 from app.api.probes import READY
 from app.errors import StartupError
 from app.lifecycle import Lifecycle
@@ -77,20 +71,19 @@ def _check(
 
 
 def _instances_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
-    request = batch_endpoint(model, max_instances).request_type
+    instances = batch_endpoint(model, max_instances)
     title = title_of(model)
     request_type = create_model(
         f"{title}PlatformRequest",
-        __base__=request,
+        __base__=instances.request_type,
         parameters=(dict[str, Any] | None, Field(default=None, max_length=0)),
     )
     predictions = list[model.predictor_class.prediction]  # type: ignore[name-defined]
     response_type = create_model(f"{title}PlatformResponse", predictions=(predictions, ...))
 
-    async def predict(body: BatchRequest, call: CallParameter) -> bytes:
-        answer = await score_instances(model, body, call)
-        return to_json({"predictions": answer.outcomes}, by_alias=True)
-
-    example = {"instances": [model.predictor_class.example.model_dump(mode="json", by_alias=True)]}
-    declare_body(predict, request_type, example)
-    return Endpoint(predict, request_type, response_type, f"Score rows with {model.name}")
+    return replace(
+        instances,
+        request_type=request_type,
+        response_type=response_type,
+        content_of=lambda answer, _: to_json({"predictions": all_of(answer)}, by_alias=True),
+    )

@@ -1,21 +1,21 @@
 """POST /v1/predict and /v1/predict/batch, and the same for each model by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
+from operator import attrgetter
 from time import perf_counter, time
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import Body, FastAPI
+from fastapi import FastAPI
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
 from pydantic_core import to_json
 
-from app import inference
-from app.api.json_route import Call, CallParameter, Endpoint, JsonRoute
+from app.api.json_route import Call, Endpoint, JsonRoute
 from app.api.keys import ApiKeys
 from app.api.problems import problems
-from app.api.reply import RawHeaders
 from app.errors import FieldError, InvalidInput, invalid_fields
+from app.inference import Answer
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from app.repository import ModelRepository, ServedModel
 from app.settings import Settings
@@ -31,12 +31,6 @@ PROBLEMS = problems(
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
 )
-
-
-CACHE_HEADERS: dict[str | None, RawHeaders] = {
-    None: (),
-    **{status: ((b"x-cache", status.encode()),) for status in ("hit", "miss", "bypass")},
-}
 
 
 class PredictRequest(BaseModel):
@@ -87,7 +81,7 @@ class PredictionRoutes:
         self.by_path[path] = route
         self._app.router.add_api_route(
             path,
-            endpoint.function,
+            endpoint.documented(),
             methods=["POST"],
             response_model=endpoint.response_type,
             responses=PROBLEMS,
@@ -124,27 +118,26 @@ def _single(model: ServedModel) -> Endpoint:
         f"{title}PredictResponse", __base__=PredictResponse, prediction=(predictor.prediction, ...)
     )
     example = {"features": predictor.example.model_dump(mode="json", by_alias=True)}
-    answer_with = _Envelope(model, "prediction")
+    content_of = _Envelope(model, "prediction")
 
-    async def predict(body: PredictRequest, call: CallParameter) -> bytes:
-        answer = await inference.predict(model, [body.features], call)
+    def answer_with(answer: Answer, call: Call) -> bytes:
         if answer.errors:
             raise _refused(answer.errors, lambda _: "features")
-        call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
-        return answer_with(answer.outcomes[0], call, answer)
+        return content_of(answer.outcomes[0], answer, call)
 
-    declare_body(predict, request_type, example)
-    return Endpoint(predict, request_type, response_type, f"Score one row with {model.name}")
+    return Endpoint(
+        request_type,
+        response_type,
+        lambda body: [body.features],
+        answer_with,
+        f"Score one row with {model.name}",
+        example,
+    )
 
 
 def batch_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
     """Scores the `instances` of a request, and answers with as many `predictions`."""
-    answer_with = _Envelope(model, "predictions")
-
-    async def predict(body: BatchRequest, call: CallParameter) -> bytes:
-        answer = await score_instances(model, body, call)
-        return answer_with(answer.outcomes, call, answer)
-
+    content_of = _Envelope(model, "predictions")
     predictor = model.predictor_class
     title = title_of(model)
     rows = Annotated[list[predictor.features], Field(min_length=1, max_length=max_instances)]  # type: ignore[name-defined]
@@ -156,42 +149,30 @@ def batch_endpoint(model: ServedModel, max_instances: int) -> Endpoint:
         __base__=BatchResponse,
         predictions=(list[predictor.prediction], ...),  # type: ignore[name-defined]
     )
-    example = {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]}
+    return Endpoint(
+        request_type,
+        response_type,
+        attrgetter("instances"),
+        lambda answer, call: content_of(all_of(answer), answer, call),
+        f"Score rows with {model.name}",
+        {"instances": [predictor.example.model_dump(mode="json", by_alias=True)]},
+    )
 
-    declare_body(predict, request_type, example)
-    return Endpoint(predict, request_type, response_type, f"Score rows with {model.name}")
 
+def all_of(answer: Answer) -> Sequence[object]:
+    """Its predictions, one for each of the `instances`.
 
-async def score_instances(model: ServedModel, body: BatchRequest, call: Call) -> inference.Answer:
-    """
     Raises:
         InvalidInput: the model could not score some of them.
-        ServiceError: see `inference.predict`.
     """
-    answer = await inference.predict(model, body.instances, call)
     if answer.errors:
         raise _refused(answer.errors, lambda row: f"instances.{row}")
-    call.cache, call.reply_headers = answer.cache, _cache_headers(answer)
-    return answer
-
-
-def declare_body(
-    endpoint: Callable[..., Any], body: type[BaseModel], example: dict[str, Any]
-) -> None:
-    """Tell FastAPI what `endpoint` takes as its `body`."""
-    # The types are the model's own, known only now.
-    endpoint.__annotations__["body"] = Annotated[body, Body(examples=[example])]
+    return answer.outcomes
 
 
 def title_of(model: ServedModel) -> str:
     """What the names of its schemas begin with."""
     return "".join(word.capitalize() for word in model.name.split("_"))
-
-
-def _cache_headers(answer: inference.Answer) -> RawHeaders:
-    if answer.age_s is not None:
-        return (*CACHE_HEADERS["hit"], (b"age", b"%d" % answer.age_s))
-    return CACHE_HEADERS[answer.cache]
 
 
 class _Envelope:
@@ -205,7 +186,7 @@ class _Envelope:
 
         self._now = _Clock()
 
-    def __call__(self, said: object, call: Call, answer: inference.Answer) -> bytes:
+    def __call__(self, said: object, answer: Answer, call: Call) -> bytes:
         part = self._parts.get(answer.version) or self._part(answer.version)
         ms = int((perf_counter() - call.started) * 1e6) / 1000
         # What is sane as a request id needs no escapes.
