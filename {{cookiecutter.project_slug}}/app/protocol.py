@@ -166,7 +166,7 @@ class Exchange(RequestResponseCycle):
         protocol = self._protocol
         usual = protocol.usual_header_lines()
         data = b"".join((STATUS_LINE[status], usual, headers, b"\r\n", content))
-        if self.is_alone:
+        if len(protocol.tasks) == 1:
             protocol.outbox.send()
             protocol.outbox.send_at_once(self.transport, data)
         else:

@@ -91,6 +91,9 @@ class Call:
 
     priority: int = field(default=DEFAULT_PRIORITY, init=False)
     use: CacheUse = field(default=CacheUse.NORMAL, init=False)
+    is_alone: bool = field(default=False, init=False)
+    """Whether no other request is under way when the model is asked."""
+
     span: RequestSpan | None = field(default=None, init=False)
     """If it is traced."""
 
@@ -114,10 +117,6 @@ class Call:
 
     ended: float = field(default=0, init=False)
     """When it was answered, by `monotonic`."""
-
-    @property
-    def is_alone(self) -> bool:
-        return self.exchange is not None and self.exchange.is_alone
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,8 @@ class JsonRoute:
         self.model = model
         self._rows_of, self._content_of = endpoint.rows_of, endpoint.content_of
         body_model = endpoint.request_type
-        self._parse: Parse = body_model.model_validate_json
+        # As `model_validate_json`, without its ten options.
+        self._parse: Parse = body_model.__pydantic_validator__.validate_json
         self._parse_raw: Parse | None = None
         self.openapi_extra: dict[str, Any] = {}
         """What FastAPI cannot know of the body."""
@@ -254,6 +254,7 @@ class JsonRoute:
             if call.span:
                 call.parsed = begun, monotonic()
         if exchange:
+            call.is_alone = exchange.is_alone
             exchange.is_waiting = True
         try:
             answer = await inference.predict(self.model, rows, call)

@@ -86,7 +86,7 @@ class RequestContext:
         """
         route, headers = self.routes[exchange.path], exchange.headers
         call = Call(request_id_of(headers), perf_counter(), headers, exchange, route)
-        self.observers.begin(call, "POST", route.path)
+        self.observers.begin(call)
         # A process that ends closes its connections, too.
         if may_refuse and not self.lifecycle.is_ending:
             try:
@@ -105,7 +105,7 @@ class RequestContext:
         headers = dict(scope["headers"])
         route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
         call = Call(request_id_of(headers), perf_counter(), headers, route=route, scope=scope)
-        self.observers.begin(call, scope["method"], scope["path"])
+        self.observers.begin(call)
         if route:
             await self._answer(route, call, (scope, receive, send))
             return
