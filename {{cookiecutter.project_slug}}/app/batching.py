@@ -444,11 +444,13 @@ class Collector(Generic[RowT, OutcomeT]):
         self._schedule()
 
     def _start(self, parts: _Parts[RowT, OutcomeT], now: float) -> None:
-        timings = BatchTimings(now, sum(len(part.rows) for part in parts))
-        begun = [part.request.timings for part in parts if not part.first]
-        for request in begun:
-            request.batch = timings
-        self._metrics.began([now - request.queued for request in begun])
+        timings, waits = BatchTimings(now, 0), []
+        for request, first, its_rows in parts:
+            timings.rows += len(its_rows)
+            if not first:
+                request.timings.batch = timings
+                waits.append(now - request.timings.queued)
+        self._metrics.began(waits)
         if self.tracer:
             timings.trace = self.tracer.batch([part.request.timings.request for part in parts])
         self._note_turnaround(now)
@@ -473,14 +475,12 @@ class Collector(Generic[RowT, OutcomeT]):
         for group in self._next_groups(now):
             queue = self._queues[group]
             while room and (request := self._head(queue, now)):
-                bound = min(request.waiting, room)
-                first = len(request.rows) - request.waiting
-                rows = request.rows
-                if bound < len(rows):
-                    rows = rows[first : first + bound]
+                rows, first = request.rows, len(request.rows) - request.waiting
+                if first or request.waiting > room:
+                    rows = rows[first : first + room]
                 parts.append(_Part(request, first, rows))
-                request.waiting -= bound
-                room -= bound
+                request.waiting -= len(rows)
+                room -= len(rows)
                 if not request.waiting:
                     del queue[request]
             if not queue:

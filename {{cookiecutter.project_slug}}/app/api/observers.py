@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
 from time import monotonic, perf_counter
 from typing import Any
@@ -36,7 +36,6 @@ class Observers:
         self._quiet = quiet
         self._ended: list[Call] = []
         self._heads: dict[JsonRoute, bytes] = {}
-        self._last_form: tuple[tuple[object, ...] | None, bytes] = (None, b"")
 
     def begin(self, call: Call) -> None:
         """A request has come."""
@@ -54,36 +53,38 @@ class Observers:
         self._ended.append(call)
 
     def _tell(self) -> None:
-        all_ended, self._ended = self._ended, []
-        # It has the time in it, and how long the batch took so far.
-        self._last_form = None, b""
+        calls, self._ended = self._ended, []
+        self._write(calls)
+        self._access_log.flush()
         by_route: dict[JsonRoute, list[Call]] = {}
-        for call in all_ended:
+        for call in calls:
             if call.route:
                 by_route.setdefault(call.route, []).append(call)
-            try:
-                self._write(call)
-                if call.span:
-                    _end_span(call)
-            except Exception:
-                log.exception("telling of a request failed")
-        self._access_log.flush()
-        for route, calls in by_route.items():
-            statuses = [call.status for call in calls]
-            route.metrics.ended(statuses, [call.seconds for call in calls])
+            if call.span:
+                _safely(_end_span, call)
+        for route, those in by_route.items():
+            route.metrics.ended([call.status for call in those], [call.seconds for call in those])
 
-    def _write(self, call: Call) -> None:
-        route, timings = call.route, call.timings
-        batch = timings.batch if timings else None
-        is_traced = call.span or b"traceparent" in call.headers
-        if not (route and self._writes_json) or is_traced or (timings and not batch):
-            self._write_fields(call)
-            return
-        # What `_fields` gives, in a fifth of the time. A sane request id needs no escapes.
-        values: tuple[object, ...] = call.status, call.seconds * 1000, call.request_id.encode()
-        if timings and batch:
-            values += ((batch.started - timings.queued) * 1000,)
-        self._access_log.write_line(self._form(route, call.cache, batch) % values)
+    def _write(self, calls: Iterable[Call]) -> None:
+        """A line in the log for each, which may not be written before the log's `flush`."""
+        access_log, form = self._access_log, b""
+        form_of: tuple[object, ...] = ()
+        for call in calls:
+            route, timings = call.route, call.timings
+            batch = timings.batch if timings else None
+            is_traced = call.span or b"traceparent" in call.headers
+            if not (route and self._writes_json) or is_traced or (timings and not batch):
+                _safely(self._write_fields, call)
+                continue
+            # What `_fields` gives, in a fifth of the time.
+            if (route, call.cache, batch) != form_of:
+                form_of = route, call.cache, batch
+                form = self._form(route, call.cache, batch)
+            # A sane request id needs no escapes.
+            values: tuple[object, ...] = call.status, call.seconds * 1000, call.request_id.encode()
+            if timings and batch:
+                values += ((batch.started - timings.queued) * 1000,)
+            access_log.write_line(form % values)
 
     def _write_fields(self, call: Call) -> None:
         level = logging.INFO if call.route or _path_of(call) not in self._quiet else logging.DEBUG
@@ -95,21 +96,18 @@ class Observers:
     ) -> bytes:
         """A line but for status, milliseconds, request id and, with a batch, wait in milliseconds.
 
-        Those whose rows were in one batch mostly come one after the other.
+        Of requests that are told together those whose rows were in one batch share it: it has the
+        time in it, and how long the batch took so far.
         """
-        of, form = self._last_form
-        if of is None or of[0] is not route or of[1] != cache or of[2] is not batch:
-            text = self._heads.get(route) or self._head(route)
-            text += b',"status":%d,"duration_ms":%.3f,"request_id":"%b"'
-            if cache:
-                text += b',"cache":"' + cache.encode() + b'"'
-            if batch:
-                text += b',"queue_wait_ms":%%.3f,"batch_rows":%d' % batch.rows
-                if batch.seconds is not None:
-                    text += b',"compute_ms":%.3f' % (1000 * batch.seconds)
-            form = text + self._access_log.end_of_line(logging.INFO)
-            self._last_form = (route, cache, batch), form
-        return form
+        text = self._heads.get(route) or self._head(route)
+        text += b',"status":%d,"duration_ms":%.3f,"request_id":"%b"'
+        if cache:
+            text += b',"cache":"' + cache.encode() + b'"'
+        if batch:
+            text += b',"queue_wait_ms":%%.3f,"batch_rows":%d' % batch.rows
+            if batch.seconds is not None:
+                text += b',"compute_ms":%.3f' % (1000 * batch.seconds)
+        return text + self._access_log.end_of_line(logging.INFO)
 
     def _head(self, route: JsonRoute) -> bytes:
         """What is the same in all lines of a route, as a format."""
@@ -118,6 +116,14 @@ class Observers:
         if route.model.version:
             self._heads[route] = head
         return head
+
+
+def _safely(tell: Callable[[Call], None], call: Call) -> None:
+    """Of the others it is told all the same."""
+    try:
+        tell(call)
+    except Exception:
+        log.exception("telling of a request failed")
 
 
 def _trace_id(call: Call) -> str | None:

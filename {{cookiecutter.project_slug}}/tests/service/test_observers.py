@@ -40,17 +40,19 @@ def ended(of: JsonRoute, call: Call) -> Call:
     return call
 
 
-def line_of(observers: Observers, of: Call) -> dict[str, Any]:
-    """What is logged of it, without what every line has."""
-    observers._write(of)
-    line: dict[str, Any] = json.loads(observers._access_log._lines[-1])
-    assert [line.pop(name) for name in ("event", "level", "logger")] == [
-        "request",
-        "info",
-        "app.access",
-    ]
-    assert line.pop("timestamp")
-    return line
+def lines_of(observers: Observers, calls: list[Call]) -> list[dict[str, Any]]:
+    """What is logged of requests that are told together, without what every line has."""
+    observers._write(calls)
+    lines: list[dict[str, Any]] = list(map(json.loads, observers._access_log._lines))
+    observers._access_log._lines.clear()
+    for line in lines:
+        assert [line.pop(name) for name in ("event", "level", "logger")] == [
+            "request",
+            "info",
+            "app.access",
+        ]
+        assert line.pop("timestamp")
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -69,25 +71,28 @@ def test_a_line_is_the_same_as_bytes_and_as_fields(
 ) -> None:
     call = Call("an-id", 0.0, headers)
     call.timings, call.cache = timings, cache
-    of = route("1")
-    assert line_of(observers, ended(of, call)) == _fields(ended(of, call))
+    of = ended(route("1"), call)
+    assert lines_of(observers, [of]) == [_fields(of)]
 
 
 def test_lines_of_other_batches_and_routes_are_not_mixed_up(observers: Observers) -> None:
     batches = [BatchTimings(started=9.75, rows=rows, seconds=rows / 8) for rows in (1, 2)]
-    for number in (0, 0, 1, 0, 1, 1):
+    routes = [route("0%"), route("1%")]
+    calls = []
+    for batch, of, cache in [(0, 0, None), (0, 0, None), (1, 0, None), (1, 1, None), (1, 1, "hit")]:
         call = Call("an-id", 0.0, {})
-        call.timings = Timings(queued=9.5, batch=batches[number])
-        of = ended(route(f"{number}%"), call)
-        assert line_of(observers, of) == _fields(of)
+        call.timings, call.cache = Timings(queued=9.5, batch=batches[batch]), cast(Any, cache)
+        calls.append(ended(routes[of], call))
+    assert lines_of(observers, calls) == [_fields(call) for call in calls]
 
 
 def test_a_route_has_the_version_of_its_model_from_when_there_is_one(observers: Observers) -> None:
     call, of = Call("an-id", 0.0, {}), route(None)
-    assert line_of(observers, ended(of, call))["model_version"] is None
-    observers._tell()
+    [line] = lines_of(observers, [ended(of, call)])
+    assert line["model_version"] is None
     of.model.version = "7"  # type: ignore[misc]
-    assert line_of(observers, ended(of, call))["model_version"] == "7"
+    [line] = lines_of(observers, [ended(of, call)])
+    assert line["model_version"] == "7"
 
 
 def test_many_values_at_once_are_counted_like_one_after_the_other() -> None:
