@@ -85,6 +85,7 @@ FILES = [
     "app/healthcheck.py",
     "app/inference.py",
     "app/jobs.py",
+    "app/known_bodies.py",
     "app/lifecycle.py",
     "app/logs.py",
     "app/main.py",

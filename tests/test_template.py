@@ -28,6 +28,7 @@ LAYERS = [
         "breaker",
         "canonical",
         "memory_store",
+        "known_bodies",
         "deadlines",
         "faults",
         "predictor",

@@ -23,6 +23,7 @@ from app.batching import Outlet, Ticket, outcomes_of
 from app.canonical import Canonical
 from app.deadlines import Deadlines
 from app.errors import DeadlineExceeded
+from app.known_bodies import MAX_BODY_BYTES, KnownBodies
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
@@ -148,6 +149,7 @@ class ResponseCache:
         self._ttl_s, self._lock_s = times
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
+        self._bodies = KnownBodies() if self._canonical.follows_from_json else None
         self._runs: dict[Key, _Run] = {}
         self._ended: list[tuple[_Run, Sequence[Outcome]]] = []
         """Runs that were answered in this turn of the event loop, and what they came to."""
@@ -176,6 +178,17 @@ class ResponseCache:
         keyed = self._hash.copy()
         keyed.update(self._canonical(row))
         return keyed.digest()
+
+    def recall(self, body: bytes) -> Answered | None:
+        """What is known of the row in a body that was noted; None: the body is to be read."""
+        key = self._bodies.key_of(body) if self._bodies else None
+        known = self._recall(key) if key else None
+        return Answered([known.prediction], _age_s(known)) if known else None
+
+    def note(self, body: bytes, row: BaseFeatures) -> None:
+        """`row`, and it alone, was read from `body`, and its answer was known."""
+        if self._bodies and len(body) <= MAX_BODY_BYTES:
+            self._bodies.note(body, self.key(row))
 
     def answer(
         self,
@@ -224,11 +237,16 @@ class ResponseCache:
         outcomes: Sequence[Outcome] = ()
         while not outcomes:
             run = None if refresh else self._runs.get(key)
-            if run is None:
-                outcomes = await self._lead((key,), rows, submit, deadline, refresh)
-            else:
+            if run:
                 said = await self._follow(run, deadline)
                 outcomes = [said[key]] if said else ()
+                continue
+            run = self._lead((key,), rows, submit, deadline, refresh)
+            try:
+                outcomes = await run.leader
+            finally:
+                self._end(run, outcomes)
+                del run
         return Answered(outcomes, None)
 
     async def _answer_many(
@@ -259,7 +277,13 @@ class ResponseCache:
             try:
                 if to_lead:
                     led = [row_of[key] for key in to_lead]
-                    outcomes = await self._lead(to_lead, led, submit, deadline, refresh)
+                    run = self._lead(to_lead, led, submit, deadline, refresh)
+                    outcomes: Sequence[Outcome] = ()
+                    try:
+                        outcomes = await run.leader
+                    finally:
+                        self._end(run, outcomes)
+                        del run
                     said |= dict(zip(to_lead, outcomes, strict=True))
                 # An error knows this frame by its traceback; the frame must not know the error.
                 for number in range(len(joined)):
@@ -269,15 +293,15 @@ class ResponseCache:
                     self._part(*joined.pop())
         return Answered([said[key] for key in keys], None)
 
-    async def _lead(
+    def _lead(
         self,
         keys: Keys,
         rows: Sequence[BaseFeatures],
         submit: Submit,
         deadline: float,
         refresh: bool,
-    ) -> Sequence[Outcome]:
-        """What the model says of `rows`, and of `keys` to all who follow."""
+    ) -> _Run:
+        """Have the model asked of `rows`, for all who follow; to be ended by who called this."""
         answer: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
         outdated: set[Key] = set()
         ticket: Ticket[Outcome]
@@ -288,30 +312,23 @@ class ResponseCache:
         else:
             ticket = submit(rows, answer)
         run = _Run(keys, ticket, answer, deadline, outdated)
-        self._begin(run)
-        outcomes: Sequence[Outcome] = ()
-        try:
-            outcomes = await answer
-            return outcomes
-        finally:
-            self._waiting.discard(answer)
-            if run.ticket.outlet is answer:
-                run.ticket.withdraw()
-                if outcomes:
-                    self._keep_later(run, outcomes)
-                else:
-                    self.forget(run)
-            else:
-                self._part(run, answer)
-            # An error knows this frame by its traceback; the frame must not know the error.
-            del run, answer, ticket
-
-    def _begin(self, run: _Run) -> None:
-        """From now on it can be followed."""
-        for key in run.keys:
+        for key in keys:
             if key in self._runs:
                 self._runs[key].outdated.add(key)
             self._runs[key] = run
+        return run
+
+    def _end(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
+        """Who leads `run` has its outcomes; none: it gives up, or the model did."""
+        self._waiting.discard(run.leader)
+        if run.ticket.outlet is not run.leader:
+            self._part(run, run.leader)
+            return
+        run.ticket.withdraw()
+        if outcomes:
+            self._keep_later(run, outcomes)
+        else:
+            self.forget(run)
 
     def _others(self, shared: SharedStore, outdated: set[Key]) -> Others:
         def names(keys: Sequence[Key]) -> list[bytes]:

@@ -36,6 +36,9 @@ class Canonical:
         is_plain_model = schema["type"] == "model" and not row_type.__private_attributes__
         is_closed = row_type.model_config.get("extra") != "allow"
         self._is_flat = is_plain_model and is_closed and _types_in(schema["schema"]) <= FLAT
+        is_made_by_code = schema.get("custom_init") or schema.get("post_init")
+        self.follows_from_json = self._is_flat and not (is_made_by_code or _makes_defaults(schema))
+        """Whether the same JSON always gives the same row, whatever the predictor's code does."""
 
     def __call__(self, row: BaseModel) -> bytes:
         """
@@ -57,6 +60,13 @@ def _types_in(schema: Any) -> set[str]:
         own = {schema["type"]} if isinstance(schema.get("type"), str) else set()
         return own.union(*map(_types_in, parts))
     return set().union(*map(_types_in, schema)) if isinstance(schema, list | tuple) else set()
+
+
+def _makes_defaults(schema: Any) -> bool:
+    """Whether a field that is left out has a value made for it, which may be the time."""
+    if isinstance(schema, dict):
+        return "default_factory" in schema or any(map(_makes_defaults, schema.values()))
+    return isinstance(schema, list | tuple) and any(map(_makes_defaults, schema))
 
 
 def _plain(value: Any) -> Any:

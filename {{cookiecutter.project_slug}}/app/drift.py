@@ -52,6 +52,15 @@ class ValueCounts:
             at += 1 + int(random() * (2 * self._step - 1))  # noqa: S311
         self._skip = at - len(rows)
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether the next row is not in the sample."""
+        return self._skip > 0
+
+    def skip(self) -> None:
+        """A row was answered that need not be looked at."""
+        self._skip -= 1
+
     def _take(self, features: BaseFeatures, outcome: BasePrediction | ItemError) -> None:
         if isinstance(outcome, ItemError):
             return

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from app import metrics
 from app.batching import Outlet, Ticket, Timings
+from app.cache import ResponseCache
 from app.errors import (
     DeadlineExceeded,
     NotReady,
@@ -84,6 +85,10 @@ class Terms(Protocol):
         """The smaller one goes first."""
 
     @property
+    def body(self) -> bytes | None:
+        """Of a request with one row, what that was read from, if it always gives the same row."""
+
+    @property
     def is_alone(self) -> bool:
         """Whether no other request came with this one, so that it need not wait for any."""
 
@@ -101,6 +106,24 @@ def _submit(
     return ticket
 
 
+def recall(model: ServedModel, terms: Terms) -> Answer | None:
+    """What is known already of a request's body, which then need not be read."""
+    cache, values = model.cache, model.values
+    if cache is None or terms.body is None or terms.use is not CacheUse.NORMAL:
+        return None
+    if values and not values.may_skip:
+        # It is to be seen what the row was.
+        return None
+    answered = cache.recall(terms.body)
+    if answered is None:
+        return None
+    if values:
+        values.skip()
+    if model.metrics:
+        model.metrics.ended("ok")
+    return Answer(model.version or "", answered.outcomes, {}, "hit", answered.age_s)
+
+
 async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms) -> Answer:
     """Score `rows`, which are valid features of `model`.
 
@@ -108,7 +131,6 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
     cache, use = model.cache, terms.use
-    is_normal = use is CacheUse.NORMAL
     age_s = None
     try:
         if cache is None or use is CacheUse.NONE:
@@ -123,6 +145,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
                 del ticket, answer
         else:
             submit, deadline = partial(_submit, model, terms), terms.deadline
+            is_normal = use is CacheUse.NORMAL
             answered = await cache.answer(rows, submit, deadline, refresh=not is_normal)
             outcomes, age_s = answered.outcomes, answered.age_s
     except (ServiceError, asyncio.CancelledError) as error:
@@ -139,13 +162,22 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
         model.metrics.ended("invalid" if errors else "ok")
     if model.values:
         model.values.note(rows, outcomes)
-    status: CacheStatus | None = None
-    if cache and is_normal:
-        status = "miss" if age_s is None else "hit"
-    elif cache:
-        cache.metrics.bypasses.inc()
-        status = "bypass"
+    status = _of_cache(cache, terms, rows, age_s) if cache else None
     return Answer(model.version or "", outcomes, errors, status, age_s)
+
+
+def _of_cache(
+    cache: ResponseCache, terms: Terms, rows: Sequence[BaseFeatures], age_s: float | None
+) -> CacheStatus:
+    """What the cache had, which is noted."""
+    if terms.use is not CacheUse.NORMAL:
+        cache.metrics.bypasses.inc()
+        return "bypass"
+    if age_s is None:
+        return "miss"
+    if terms.body is not None:
+        cache.note(terms.body, rows[0])
+    return "hit"
 
 
 def _count(model: ServedModel, error: BaseException) -> None:

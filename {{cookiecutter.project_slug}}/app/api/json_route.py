@@ -91,6 +91,9 @@ class Call:
 
     priority: int = field(default=DEFAULT_PRIORITY, init=False)
     use: CacheUse = field(default=CacheUse.NORMAL, init=False)
+    body: bytes | None = field(default=None, init=False)
+    """By which the answer may be found, if no other kind of request can have the same."""
+
     is_alone: bool = field(default=False, init=False)
     """Whether no other request is under way when the model is asked."""
 
@@ -137,6 +140,8 @@ class Endpoint:
     summary: str
     example: dict[str, Any]
     """A body."""
+
+    takes_one_row: bool = False
 
     def documented(self) -> Callable[..., Any]:
         """What FastAPI can read all of this from; it is never called."""
@@ -185,6 +190,7 @@ class JsonRoute:
         self.path = path
         self.model = model
         self._rows_of, self._content_of = endpoint.rows_of, endpoint.content_of
+        self._takes_one_row = endpoint.takes_one_row
         body_model = endpoint.request_type
         # As `model_validate_json`, without its ten options.
         self._parse: Parse = body_model.__pydantic_validator__.validate_json
@@ -245,26 +251,23 @@ class JsonRoute:
         content = exchange.take_content(self._max_body_bytes) if exchange else None
         if content is None:
             content = await self._read(receive or exchange.asgi[1], call)  # type: ignore[union-attr]
-        begun = monotonic() if call.span else 0.0
-        try:
-            rows = self._rows_of(parse(content))
-        except ValidationError as error:
-            raise invalid_input(error) from None
-        finally:
-            if call.span:
-                call.parsed = begun, monotonic()
-        if exchange:
-            call.is_alone = exchange.is_alone
-            exchange.is_waiting = True
-        try:
-            answer = await inference.predict(self.model, rows, call)
-        except asyncio.CancelledError:
-            if not (exchange and exchange.disconnected):
-                raise
-            raise ClientLeft from None
-        finally:
+        if self._takes_one_row and parse is self._parse and not call.span:
+            call.body = content
+        answer = inference.recall(self.model, call)
+        if answer is None:
+            rows = self._rows(parse, content, call)
             if exchange:
-                exchange.is_waiting = False
+                call.is_alone = exchange.is_alone
+                exchange.is_waiting = True
+            try:
+                answer = await inference.predict(self.model, rows, call)
+            except asyncio.CancelledError:
+                if not (exchange and exchange.disconnected):
+                    raise
+                raise ClientLeft from None
+            finally:
+                if exchange:
+                    exchange.is_waiting = False
         said = self._content_of(answer, call)
         if answer.cache:
             _tell_of_cache(call, answer.cache, answer.age_s)
@@ -285,6 +288,20 @@ class JsonRoute:
         if content_type != b"application/json" and not is_json(content_type):
             raise UnsupportedMediaType("Send JSON in UTF-8, with Content-Type: application/json.")
         return self._parse
+
+    def _rows(self, parse: Parse, content: bytes, call: Call) -> list[BaseFeatures]:
+        """
+        Raises:
+            InvalidInput: `content` is no such body.
+        """
+        begun = monotonic() if call.span else 0.0
+        try:
+            return self._rows_of(parse(content))
+        except ValidationError as error:
+            raise invalid_input(error) from None
+        finally:
+            if call.span:
+                call.parsed = begun, monotonic()
 
     def _timeout(self, headers: Headers) -> float:
         given = headers.get(b"x-request-timeout-ms")

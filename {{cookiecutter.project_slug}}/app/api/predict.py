@@ -132,6 +132,7 @@ def _single(model: ServedModel) -> Endpoint:
         answer_with,
         f"Score one row with {model.name}",
         example,
+        takes_one_row=True,
     )
 
 

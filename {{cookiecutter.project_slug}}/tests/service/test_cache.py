@@ -4,7 +4,7 @@ import asyncio
 import gc
 import tracemalloc
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import Enum
 from pathlib import Path
 from time import monotonic, time
@@ -27,6 +27,7 @@ from app.errors import (
     PredictionFailed,
     ServiceError,
 )
+from app.known_bodies import MAX_BODIES, MAX_BODY_BYTES, KnownBodies
 from app.memory_store import ENTRY_OVERHEAD_BYTES, MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
@@ -203,6 +204,69 @@ class TestMemory:
         assert 0.5 * most < taken < 1.1 * most
 
 
+class Plain(BaseFeatures):
+    x: float
+    name: str = ""
+
+
+class Checked(Plain):
+    @field_validator("x")
+    @classmethod
+    def _check(cls, x: float) -> float:
+        return x
+
+
+class Initialized(Plain):
+    def model_post_init(self, context: Any, /) -> None:
+        """Who knows what it does."""
+
+
+class Dated(Plain):
+    born: date = date(2026, 1, 1)
+
+
+class TestKnownBodies:
+    def test_the_same_body_has_the_same_key_and_no_other_has(self) -> None:
+        bodies = KnownBodies()
+        bodies.note(b'{"x": 1}', b"one")
+        assert bodies.key_of(b'{"x": 1}') == b"one"
+        assert bodies.key_of(b'{"x":1}') is None
+
+    def test_two_with_the_same_hash_are_told_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("app.known_bodies.hash", lambda _: 1, raising=False)
+        bodies = KnownBodies()
+        bodies.note(b"one", b"1")
+        assert bodies.key_of(b"other") is None
+        bodies.note(b"other", b"2")
+        assert bodies.key_of(b"other") == b"2"
+        assert bodies.key_of(b"one") is None
+
+    def test_it_holds_so_many_and_none_that_is_long(self) -> None:
+        bodies = KnownBodies()
+        for number in range(MAX_BODIES + 1):
+            bodies.note(b"%d" % number, b"key")
+        assert bodies.key_of(b"0") is None
+        assert bodies.key_of(b"1") == bodies.key_of(b"%d" % MAX_BODIES) == b"key"
+        assert len(bodies._entries) == MAX_BODIES
+        assert bodies.key_of(b"1" * (MAX_BODY_BYTES + 1)) is None
+
+    @pytest.mark.parametrize(
+        ("row_type", "follows"),
+        [
+            (Plain, True),
+            (Features, False),
+            (Checked, False),
+            (Initialized, False),
+            (Dated, False),
+            (Rich, False),
+        ],
+    )
+    def test_whether_a_row_follows_from_its_json(
+        self, row_type: type[BaseFeatures], follows: bool
+    ) -> None:
+        assert Canonical(row_type).follows_from_json is follows
+
+
 class Answer(BasePrediction):
     y: float
 
@@ -360,6 +424,29 @@ class TestAnswers:
                 model.say(-1, *[ItemError("no") for _ in model.asked[-1]])
                 assert (await asked).outcomes == [ItemError("no"), ItemError("no")]
             assert model.asked == [[1, 2], [1, 2]]
+
+        run(test)
+
+    def test_a_body_that_was_noted_is_answered_as_long_as_its_row_is_known(self) -> None:
+        async def test() -> None:
+            model, memory = Model(), MemoryStore(1_000_000)
+            cached = cache(types=(Plain, Answer), stores=Stores(memory))
+            row, body, long = Plain(x=1), b'{"x": 1}', b" " * (MAX_BODY_BYTES + 1)
+            asking = asyncio.create_task(cached.answer([row], model.submit, FAR))
+            await settle()
+            model.say()
+            await asking
+            await settle()
+            assert cached.recall(body) is None
+            for noted in (body, long):
+                cached.note(noted, row)
+            recalled = cached.recall(body)
+            assert recalled
+            assert ys(recalled) == [2]
+            assert recalled.age_s is not None
+            assert cached.recall(long) is None
+            memory.discard(cached.key(row))
+            assert cached.recall(body) is None
 
         run(test)
 
@@ -680,6 +767,32 @@ class TestHttp:
         labels = {"model": "double", "version": "1"}
         assert sample(service, "cache_hits_total", tier="memory", **labels) == 1
         assert sample(service, "cache_misses_total", **labels) == 1
+
+    def test_so_it_is_without_reading_the_body_again(self, start: Start) -> None:
+        service = start().wait_for("/ready")
+
+        def post(path: str = "/v1/predict", kind: str = "application/json", **headers: str) -> Any:
+            headers |= {"Content-Type": kind}
+            return service.client.post(path, content=b'{"features": {"x": 4}}', headers=headers)
+
+        before = runs(service)
+        answers = [post() for _ in range(4)]
+        assert [answer.headers["x-cache"] for answer in answers] == ["miss", *3 * ["hit"]]
+        assert {answer.json()["prediction"]["y"] for answer in answers} == {8}
+        assert len({answer.json()["request_id"] for answer in answers}) == 4
+        assert all(0 <= int(answer.headers["age"]) < 60 for answer in answers[1:])
+        labels = {"model": "double", "version": "1"}
+        assert sample(service, "cache_hits_total", tier="memory", **labels) == 3
+        assert sample(service, "inference_requests_total", outcome="ok", **labels) == 4
+        assert post("/v1/models/double/predict").headers["x-cache"] == "hit"
+        assert runs(service) == before + 1
+        # What would have been refused still is.
+        assert post("/v1/predict/batch").status_code == 422
+        assert post("/v1/models/faulty/predict").status_code == 422
+        assert post(kind="text/plain").status_code == 415
+        assert post(**{"X-Request-Timeout-Ms": "soon"}).status_code == 422
+        assert post(**{"Cache-Control": "no-cache"}).headers["x-cache"] == "bypass"
+        assert runs(service) == before + 2
 
     def test_a_batch_asks_for_what_it_lacks(self, start: Start) -> None:
         service = start().wait_for("/ready")
