@@ -4,7 +4,8 @@ Standard library only, so that it starts at once. One thread, epoll on non-block
 requests prepared as bytes; of an answer it reads status and Content-Length, and keeps a sample
 whose scores it compares when the clock has stopped.
 
-Closed loop: each connection sends its next request when it has its answer. Open loop: requests
+Closed loop: each connection sends its next request when it has its answer; the clock starts when
+all have had one, as before that a server cannot know how many there are. Open loop: requests
 are due at random times (Poisson) that do not depend on the answers, and latency counts from when
 a request was due, so that a server which stalls is charged for everyone whom it kept waiting.
 """
@@ -191,18 +192,23 @@ class Load:
     def _run_closed(self) -> None:
         for _ in range(self.plan.connections):
             self._send(self._open(), perf_counter())
+        self._await_answers(perf_counter() + PATIENCE_S)
+        self.tally.in_time = 0
+        self.tally.latencies.clear()
+        self._end = perf_counter() + self.plan.seconds
         patience = self._end + PATIENCE_S
-        while self._connections and perf_counter() < patience:
-            self._handle_events(timeout=0.05)
-            if self._free:
-                now = perf_counter()
-                if now >= self._end:
-                    if len(self._free) == len(self._connections):
-                        return
-                    continue
+        while self._connections and (now := perf_counter()) < patience:
+            if now < self._end:
                 free, self._free = self._free, []
                 for connection in free:
                     self._send(connection, now)
+            elif len(self._free) == len(self._connections):
+                return
+            self._handle_events(timeout=0.05)
+
+    def _await_answers(self, patience: float) -> None:
+        while len(self._free) < len(self._connections) and perf_counter() < patience:
+            self._handle_events(timeout=0.05)
 
     def _run_open(self, started: float, rate: float) -> None:
         arrivals = random.Random(SEED)  # noqa: S311  # The same arrivals for every contestant.
@@ -225,9 +231,7 @@ class Load:
                 self._send(connection, schedule[first_waiting])
                 first_waiting += 1
             self._handle_events(self._pause(schedule, first_waiting))
-        patience = self._end + PATIENCE_S
-        while len(self._free) < len(self._connections) and perf_counter() < patience:
-            self._handle_events(timeout=0.05)
+        self._await_answers(self._end + PATIENCE_S)
 
     def _pause(self, schedule: list[float], first_waiting: int) -> float:
         """How long to wait for events. epoll rounds up to whole milliseconds, so what is left

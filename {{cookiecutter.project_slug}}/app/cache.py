@@ -436,19 +436,18 @@ class ResponseCache:
 
     def _read(self, key: Key, value: bytes) -> _Known | None:
         """What `value` says, unless it is too old, or not of this schema."""
-        if not self._is_ours(key, value):
-            self.metrics.invalid.inc()
-            return None
-        said = HEAD.unpack_from(value)[1]
-        # Not a number is neither.
-        if not -MAX_SKEW_S <= time() - said < self._ttl_s:
-            return None
         try:
-            return _Known(self._from_json(value[HEAD.size :]), said)
-        # A validator of the predictor's can raise anything.
-        except Exception:
-            self.metrics.invalid.inc()
-            return None
+            kind, said, of = HEAD.unpack_from(value)
+            if kind == FORMAT and key.startswith(of):
+                # Not a number is neither.
+                if not -MAX_SKEW_S <= time() - said < self._ttl_s:
+                    return None
+                return _Known(self._from_json(value[HEAD.size :]), said)
+        # Too short; and a validator of the predictor's can raise anything.
+        except Exception:  # noqa: S110  # What follows is for this, too.
+            pass
+        self.metrics.invalid.inc()
+        return None
 
     def _keep_later(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
         """Keep what `run` says in the next turn of the loop, with that of all that end in this
