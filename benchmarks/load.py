@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, Self
@@ -190,9 +191,11 @@ class Load:
         return self._result(busy)
 
     def _run_closed(self) -> None:
+        self._end = inf
         for _ in range(self.plan.connections):
             self._send(self._open(), perf_counter())
         self._await_answers(perf_counter() + PATIENCE_S)
+        # What goes wrong counts from the beginning.
         self.tally.in_time = 0
         self.tally.latencies.clear()
         self._end = perf_counter() + self.plan.seconds

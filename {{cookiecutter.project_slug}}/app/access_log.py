@@ -30,7 +30,7 @@ class AccessLog:
         return level >= self._level
 
     def write(self, level: int, fields: dict[str, Any]) -> None:
-        """A line, which may not be written before `flush`."""
+        """A line; it may wait for `flush`."""
         if self.writes_json:
             self.write_line(to_json(fields)[:-1] + self.end_of_line(level))
         else:

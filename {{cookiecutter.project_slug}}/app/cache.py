@@ -1,7 +1,8 @@
 """The response cache: answers that a model gave before, and one run for all who ask the same.
 
 A wrong answer is worse than none. So the key of an answer holds all that it depends on: the
-service, the model, its version, files, code and schemas, and every value of the row. Only
+service, the model, its version, files, code and schemas, and every value of the row. Where a row
+follows from the JSON that it is read from, a body may stand for it (app.known_bodies). Only
 predictions are kept, as JSON, and one that does not fit the schema when it is read is a miss.
 """
 
@@ -71,6 +72,14 @@ class Answered:
 
     age_s: float | None
     """Of the oldest of them; None: the model was asked for some."""
+
+
+@dataclass(slots=True)
+class Recalled:
+    content: bytes
+    """The JSON of a prediction."""
+
+    age_s: float
 
 
 @dataclass(slots=True)
@@ -179,13 +188,21 @@ class ResponseCache:
         keyed.update(self._canonical(row))
         return keyed.digest()
 
-    def recall(self, body: bytes) -> Answered | None:
-        """What is known of the row in a body that was noted; None: the body is to be read."""
+    def recall_body(self, body: bytes) -> Recalled | None:
+        """What is in memory of the row in a body that was noted; None: the body is to be read."""
         key = self._bodies.key_of(body) if self._bodies else None
-        known = self._recall(key) if key else None
-        return Answered([known.prediction], _age_s(known)) if known else None
+        value = self._memory.get(key) if key else None
+        if value is None:
+            return None
+        # Here is nothing that this process has not written, so it need not be looked through.
+        _, said, _ = HEAD.unpack_from(value)
+        age_s = time() - said
+        if not self._is_fresh(age_s):
+            return None
+        self.metrics.memory_hit()
+        return Recalled(value[HEAD.size :], max(0.0, age_s))
 
-    def note(self, body: bytes, row: BaseFeatures) -> None:
+    def note_body(self, body: bytes, row: BaseFeatures) -> None:
         """`row`, and it alone, was read from `body`, and its answer was known."""
         if self._bodies and len(body) <= MAX_BODY_BYTES:
             self._bodies.note(body, self.key(row))
@@ -245,7 +262,7 @@ class ResponseCache:
             try:
                 outcomes = await run.leader
             finally:
-                self._end(run, outcomes)
+                self._lead_ended(run, outcomes)
                 del run
         return Answered(outcomes, None)
 
@@ -282,7 +299,7 @@ class ResponseCache:
                     try:
                         outcomes = await run.leader
                     finally:
-                        self._end(run, outcomes)
+                        self._lead_ended(run, outcomes)
                         del run
                     said |= dict(zip(to_lead, outcomes, strict=True))
                 # An error knows this frame by its traceback; the frame must not know the error.
@@ -318,7 +335,7 @@ class ResponseCache:
             self._runs[key] = run
         return run
 
-    def _end(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
+    def _lead_ended(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
         """Who leads `run` has its outcomes; none: it gives up, or the model did."""
         self._waiting.discard(run.leader)
         if run.ticket.outlet is not run.leader:
@@ -421,7 +438,9 @@ class ResponseCache:
                 continue
             elif found := self._read(key, value):
                 known[key] = found
-                self._memory.put({key: value})
+                # As it would be said: what was read may be written in other ways.
+                if value := self._value(key, found.prediction, found.said):
+                    self._memory.put({key: value})
                 self.metrics.show_bytes(self._memory.bytes_held)
                 self.metrics.redis_hits.inc()
             elif not self._is_ours(key, value):
@@ -439,8 +458,7 @@ class ResponseCache:
         try:
             kind, said, of = HEAD.unpack_from(value)
             if kind == FORMAT and key.startswith(of):
-                # Not a number is neither.
-                if not -MAX_SKEW_S <= time() - said < self._ttl_s:
+                if not self._is_fresh(time() - said):
                     return None
                 return _Known(self._from_json(value[HEAD.size :]), said)
         # Too short; and a validator of the predictor's can raise anything.
@@ -448,6 +466,18 @@ class ResponseCache:
             pass
         self.metrics.invalid.inc()
         return None
+
+    def _value(self, key: Key, prediction: Outcome, said: float) -> bytes | None:
+        """What is kept of `prediction`; None: it cannot be said in JSON."""
+        try:
+            content = self._to_json(prediction, by_alias=True)
+        except PydanticSerializationError:
+            return None
+        return HEAD.pack(FORMAT, said, key[:16]) + content
+
+    def _is_fresh(self, age_s: float) -> bool:
+        # Not a number is not.
+        return -MAX_SKEW_S <= age_s < self._ttl_s
 
     def _keep_later(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
         """Keep what `run` says in the next turn of the loop, with that of all that end in this
@@ -472,16 +502,12 @@ class ResponseCache:
         self._keep(_lasting(run, outcomes))
 
     def _keep(self, said: Mapping[Key, Outcome]) -> None:
-        now, kind, to_json = time(), self._prediction, self._to_json
+        now, kind = time(), self._prediction
         values = {}
         for key, outcome in said.items():
             # No ItemError; nor what has more to it than can be read again.
-            if type(outcome) is kind:
-                try:
-                    content = to_json(outcome, by_alias=True)
-                except PydanticSerializationError:
-                    continue
-                values[key] = HEAD.pack(FORMAT, now, key[:16]) + content
+            if type(outcome) is kind and (value := self._value(key, outcome, now)):
+                values[key] = value
         self._memory.put(values)
         if self._shared:
             for key, value in values.items():

@@ -55,10 +55,13 @@ class Canonical:
 
 def _types_in(schema: Any) -> set[str]:
     if isinstance(schema, dict):
+        kind = schema.get("type")
+        if not isinstance(kind, str):
+            # Of fields by name, which may be any.
+            return set().union(*map(_types_in, schema.values()))
         # What is expected of a literal is data, and metadata is for the JSON schema.
         parts = [value for key, value in schema.items() if key not in ("expected", "metadata")]
-        own = {schema["type"]} if isinstance(schema.get("type"), str) else set()
-        return own.union(*map(_types_in, parts))
+        return {kind}.union(*map(_types_in, parts))
     return set().union(*map(_types_in, schema)) if isinstance(schema, list | tuple) else set()
 
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from app import metrics
 from app.batching import Outlet, Ticket, Timings
 from app.cache import ResponseCache
+from app.drift import ValueCounts
 from app.errors import (
     DeadlineExceeded,
     NotReady,
@@ -56,6 +57,9 @@ class Answer:
     age_s: float | None
     """Of the oldest outcome, if all are from the cache."""
 
+    content: bytes | None = None
+    """The JSON of the only prediction, which is not among the outcomes then."""
+
 
 def admit(model: ServedModel, deadline: float) -> None:
     """Whether a request would be taken now, before anything is spent on it.
@@ -86,7 +90,7 @@ class Terms(Protocol):
 
     @property
     def body(self) -> bytes | None:
-        """Of a request with one row, what that was read from, if it always gives the same row."""
+        """Of a request with one row, what that is read from, if the cache may go by it."""
 
     @property
     def is_alone(self) -> bool:
@@ -114,14 +118,14 @@ def recall(model: ServedModel, terms: Terms) -> Answer | None:
     if values and not values.may_skip:
         # It is to be seen what the row was.
         return None
-    answered = cache.recall(terms.body)
-    if answered is None:
+    recalled = cache.recall_body(terms.body)
+    if recalled is None:
         return None
     if values:
         values.skip()
     if model.metrics:
         model.metrics.ended("ok")
-    return Answer(model.version or "", answered.outcomes, {}, "hit", answered.age_s)
+    return Answer(model.version or "", (), {}, "hit", recalled.age_s, recalled.content)
 
 
 async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms) -> Answer:
@@ -162,21 +166,25 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
         model.metrics.ended("invalid" if errors else "ok")
     if model.values:
         model.values.note(rows, outcomes)
-    status = _of_cache(cache, terms, rows, age_s) if cache else None
+    status = _of_cache(cache, model.values, terms, rows, age_s) if cache else None
     return Answer(model.version or "", outcomes, errors, status, age_s)
 
 
 def _of_cache(
-    cache: ResponseCache, terms: Terms, rows: Sequence[BaseFeatures], age_s: float | None
+    cache: ResponseCache,
+    values: ValueCounts | None,
+    terms: Terms,
+    rows: Sequence[BaseFeatures],
+    age_s: float | None,
 ) -> CacheStatus:
-    """What the cache had, which is noted."""
+    """What the cache had. What it had all of it may have by the body alone, the next time."""
     if terms.use is not CacheUse.NORMAL:
         cache.metrics.bypasses.inc()
         return "bypass"
     if age_s is None:
         return "miss"
-    if terms.body is not None:
-        cache.note(terms.body, rows[0])
+    if terms.body is not None and (values is None or values.may_skip):
+        cache.note_body(terms.body, rows[0])
     return "hit"
 
 

@@ -1,9 +1,10 @@
 """Which row a body holds, if the same body came before: then it need not be read again."""
 
 import hashlib
+from collections import OrderedDict
 
 MAX_BODIES = 10_000
-"""Of one model, some 250 bytes each. The oldest goes first; one that is in use comes back."""
+"""Of one version of a model, some 250 bytes each; that which was not asked for the longest goes."""
 
 MAX_BODY_BYTES = 65_536
 """Of the longest that is noted. What is longer is seldom sent twice, byte for byte."""
@@ -19,22 +20,24 @@ class KnownBodies:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, bytes] = {}
+        self._entries: OrderedDict[int, bytes] = OrderedDict()
 
     def key_of(self, body: bytes) -> bytes | None:
         """Of the row in `body`, as far as is known."""
         if len(body) > MAX_BODY_BYTES:
             return None
-        entry = self._entries.get(hash(body))
+        found = hash(body)
+        entry = self._entries.get(found)
         if entry is None or not entry.startswith(_digest(body)):
             return None
+        self._entries.move_to_end(found)
         return entry[DIGEST_BYTES:]
 
     def note(self, body: bytes, key: bytes) -> None:
         """`body` holds the row with that `key`."""
         self._entries[hash(body)] = _digest(body) + key
         if len(self._entries) > MAX_BODIES:
-            del self._entries[next(iter(self._entries))]
+            self._entries.popitem(last=False)
 
 
 def _digest(body: bytes) -> bytes:

@@ -92,10 +92,7 @@ class Call:
     priority: int = field(default=DEFAULT_PRIORITY, init=False)
     use: CacheUse = field(default=CacheUse.NORMAL, init=False)
     body: bytes | None = field(default=None, init=False)
-    """By which the answer may be found, if no other kind of request can have the same."""
-
-    is_alone: bool = field(default=False, init=False)
-    """Whether no other request is under way when the model is asked."""
+    """If it is JSON for one row and not traced: the cache may have the answer by it."""
 
     span: RequestSpan | None = field(default=None, init=False)
     """If it is traced."""
@@ -120,6 +117,10 @@ class Call:
 
     ended: float = field(default=0, init=False)
     """When it was answered, by `monotonic`."""
+
+    @property
+    def is_alone(self) -> bool:
+        return self.exchange is not None and self.exchange.is_alone
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,12 @@ class JsonRoute:
         content = exchange.take_content(self._max_body_bytes) if exchange else None
         if content is None:
             content = await self._read(receive or exchange.asgi[1], call)  # type: ignore[union-attr]
-        if self._takes_one_row and parse is self._parse and not call.span:
+        if self.model.cache and self._takes_one_row and parse is self._parse and not call.span:
             call.body = content
         answer = inference.recall(self.model, call)
         if answer is None:
             rows = self._rows(parse, content, call)
             if exchange:
-                call.is_alone = exchange.is_alone
                 exchange.is_waiting = True
             try:
                 answer = await inference.predict(self.model, rows, call)

@@ -54,8 +54,6 @@ class Observers:
 
     def _tell(self) -> None:
         calls, self._ended = self._ended, []
-        self._write(calls)
-        self._access_log.flush()
         by_route: dict[JsonRoute, list[Call]] = {}
         for call in calls:
             if call.route:
@@ -64,9 +62,12 @@ class Observers:
                 _safely(_end_span, call)
         for route, those in by_route.items():
             route.metrics.ended([call.status for call in those], [call.seconds for call in those])
+        # Last, as it fails where nobody reads the log any more.
+        self._write(calls)
+        self._access_log.flush()
 
     def _write(self, calls: Iterable[Call]) -> None:
-        """A line in the log for each, which may not be written before the log's `flush`."""
+        """A line in the log for each; some wait for its `flush`."""
         access_log, form = self._access_log, b""
         form_of: tuple[object, ...] = ()
         for call in calls:

@@ -225,6 +225,28 @@ class Dated(Plain):
     born: date = date(2026, 1, 1)
 
 
+class Named(Plain):
+    """Its fields have names that mean something in pydantic's schemas."""
+
+    type: float = 0
+    expected: float = 0
+
+    @field_validator("expected")
+    @classmethod
+    def _check(cls, expected: float) -> float:
+        return expected
+
+
+class NamedInside(Plain):
+    metadata: Inner = Inner()
+
+
+class NamedPlainly(Plain):
+    type: str = ""
+    expected: float = 0
+    metadata: Literal["type", "function-after"] = "type"
+
+
 class TestKnownBodies:
     def test_the_same_body_has_the_same_key_and_no_other_has(self) -> None:
         bodies = KnownBodies()
@@ -248,6 +270,10 @@ class TestKnownBodies:
         assert bodies.key_of(b"0") is None
         assert bodies.key_of(b"1") == bodies.key_of(b"%d" % MAX_BODIES) == b"key"
         assert len(bodies._entries) == MAX_BODIES
+        # That which was asked for stays.
+        bodies.note(b"one more", b"key")
+        assert bodies.key_of(b"1") == b"key"
+        assert bodies.key_of(b"2") is None
         assert bodies.key_of(b"1" * (MAX_BODY_BYTES + 1)) is None
 
     @pytest.mark.parametrize(
@@ -258,6 +284,9 @@ class TestKnownBodies:
             (Checked, False),
             (Initialized, False),
             (Dated, False),
+            (Named, False),
+            (NamedInside, False),
+            (NamedPlainly, True),
             (Rich, False),
         ],
     )
@@ -437,16 +466,16 @@ class TestAnswers:
             model.say()
             await asking
             await settle()
-            assert cached.recall(body) is None
+            assert cached.recall_body(body) is None
             for noted in (body, long):
-                cached.note(noted, row)
-            recalled = cached.recall(body)
+                cached.note_body(noted, row)
+            recalled = cached.recall_body(body)
             assert recalled
-            assert ys(recalled) == [2]
-            assert recalled.age_s is not None
-            assert cached.recall(long) is None
+            assert recalled.content == b'{"y":2.0}'
+            assert 0 <= recalled.age_s < 60
+            assert cached.recall_body(long) is None
             memory.discard(cached.key(row))
-            assert cached.recall(body) is None
+            assert cached.recall_body(body) is None
 
         run(test)
 
