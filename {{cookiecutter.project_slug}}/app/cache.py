@@ -455,17 +455,18 @@ class ResponseCache:
 
     def _read(self, key: Key, value: bytes) -> _Known | None:
         """What `value` says, unless it is too old, or not of this schema."""
+        if not self._is_ours(key, value):
+            self.metrics.invalid.inc()
+            return None
+        said = HEAD.unpack_from(value)[1]
+        if not self._is_fresh(time() - said):
+            return None
         try:
-            kind, said, of = HEAD.unpack_from(value)
-            if kind == FORMAT and key.startswith(of):
-                if not self._is_fresh(time() - said):
-                    return None
-                return _Known(self._from_json(value[HEAD.size :]), said)
-        # Too short; and a validator of the predictor's can raise anything.
-        except Exception:  # noqa: S110  # What follows is for this, too.
-            pass
-        self.metrics.invalid.inc()
-        return None
+            return _Known(self._from_json(value[HEAD.size :]), said)
+        # A validator of the predictor's can raise anything.
+        except Exception:
+            self.metrics.invalid.inc()
+            return None
 
     def _value(self, key: Key, prediction: Outcome, said: float) -> bytes | None:
         """What is kept of `prediction`; None: it cannot be said in JSON."""

@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime
 from enum import Enum
 from pathlib import Path
 from time import monotonic, time
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import httpx2 as httpx
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, SecretStr, field_serializer, field_validator
 
+from app import inference
 from app.batching import Outlet, Ticket
 from app.cache import HEAD, Answered, ResponseCache, Stores, Times
 from app.canonical import Canonical
@@ -27,6 +29,7 @@ from app.errors import (
     PredictionFailed,
     ServiceError,
 )
+from app.inference import CacheUse
 from app.known_bodies import MAX_BODIES, MAX_BODY_BYTES, KnownBodies
 from app.memory_store import ENTRY_OVERHEAD_BYTES, MemoryStore
 from app.metrics import CacheMetrics
@@ -476,6 +479,40 @@ class TestAnswers:
             assert cached.recall_body(long) is None
             memory.discard(cached.key(row))
             assert cached.recall_body(body) is None
+
+        run(test)
+
+    def test_what_was_a_hit_is_recalled_by_its_body_unless_its_row_is_to_be_seen(self) -> None:
+        async def test() -> None:
+            asked = Model()
+
+            def submit(rows: Any, _: float, outlet: Any, **__: Any) -> Any:
+                ticket = asked.submit(rows, outlet)
+                asyncio.get_running_loop().call_soon(asked.say)
+                return SimpleNamespace(outlet=outlet, withdraw=ticket.withdraw, timings=None)
+
+            cached, values = cache(types=(Plain, Answer)), SimpleNamespace(may_skip=True, skips=0)
+            values.note = lambda *_: None
+            values.skip = lambda: setattr(values, "skips", values.skips + 1)
+            model: Any = SimpleNamespace(
+                cache=cached, values=values, metrics=None, version="1", submit=submit
+            )
+            terms: Any = SimpleNamespace(
+                body=b"1", use=CacheUse.NORMAL, deadline=FAR, priority=0, is_alone=False
+            )
+            for status in ("miss", "hit"):
+                assert inference.recall(model, terms) is None
+                assert (await inference.predict(model, [Plain(x=1)], terms)).cache == status
+                await settle()
+            recalled = inference.recall(model, terms)
+            assert recalled
+            assert (recalled.cache, recalled.content) == ("hit", b'{"y":2.0}')
+            assert (values.skips, len(asked.asked)) == (1, 1)
+            for changed in ({"use": CacheUse.REFRESH}, {"use": CacheUse.NONE}, {"body": None}):
+                other: Any = SimpleNamespace(**(vars(terms) | changed))
+                assert inference.recall(model, other) is None
+            values.may_skip = False
+            assert inference.recall(model, terms) is None
 
         run(test)
 
