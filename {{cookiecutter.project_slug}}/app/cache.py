@@ -9,10 +9,10 @@ predictions are kept, as JSON, and one that does not fit the schema when it is r
 import asyncio
 import hashlib
 import struct
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import Context
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from time import time
@@ -54,24 +54,18 @@ class _Run:
     """What the model was asked for, and has not answered yet."""
 
     keys: Keys
-    ticket: Ticket[Outcome]
     leader: asyncio.Future[Sequence[Outcome]]
     """What the first who asked waits for."""
 
     deadline: float
     """Of that one, by `time.monotonic`."""
 
-    outdated: set[Key]
-    """Those of the keys that a later run was begun for: what this one says is not kept."""
+    ticket: Ticket[Outcome] = field(init=False)
 
 
-@dataclass(slots=True)
-class Answered:
-    outcomes: Sequence[Outcome]
-    """One for each row, in order."""
-
-    age_s: float | None
-    """Of the oldest of them; None: the model was asked for some."""
+Answered = tuple[Sequence[Outcome], float | None, bytes | None]
+"""One outcome for each row, in order; the age of the oldest in seconds, None: the model was asked
+for some; and the JSON of the only prediction, if it was needed here anyway."""
 
 
 @dataclass(slots=True)
@@ -160,8 +154,9 @@ class ResponseCache:
         self._loop = asyncio.get_running_loop()
         self._bodies = KnownBodies() if self._canonical.follows_from_json else None
         self._runs: dict[Key, _Run] = {}
-        self._ended: list[tuple[_Run, Sequence[Outcome]]] = []
-        """Runs that were answered in this turn of the event loop, and what they came to."""
+        self._ended: list[tuple[_Run, bytes | None]] = []
+        """Runs of one row that were answered in this turn of the event loop, and the JSON of what
+        they came to."""
 
         self._waiting: Deadlines[asyncio.Future[Any]] = Deadlines(_expire)
 
@@ -207,14 +202,14 @@ class ResponseCache:
         if self._bodies and len(body) <= MAX_BODY_BYTES:
             self._bodies.note(body, self.key(row))
 
-    def answer(
+    async def answer(
         self,
         rows: Sequence[BaseFeatures],
         submit: Submit,
         deadline: float,
         *,
         refresh: bool = False,
-    ) -> Coroutine[Any, Any, Answered]:
+    ) -> Answered:
         """What is known of `rows`, and for the others what the model says.
 
         Args:
@@ -226,45 +221,35 @@ class ResponseCache:
             ServiceError: the model did not take what it was asked for, or could not score it.
         """
         try:
-            if len(rows) == 1:
-                key = self.key(rows[0])
-                return self._answer_one(key, rows, submit, deadline, refresh)
-            keys = tuple([self.key(row) for row in rows])
+            keys = tuple(map(self.key, rows))
         except TypeError:
             # The example had nothing of the kind: an optional field, say.
-            return _past_the_cache(rows, submit)
-        return self._answer_many(keys, rows, submit, deadline, refresh)
-
-    async def _answer_one(
-        self,
-        key: Key,
-        rows: Sequence[BaseFeatures],
-        submit: Submit,
-        deadline: float,
-        refresh: bool,
-    ) -> Answered:
-        """What `_answer_many` does, in half the time."""
+            return await outcomes_of(partial(submit, rows)), None, None
+        if len(keys) > 1:
+            return await self._answer_many(keys, rows, submit, deadline, refresh)
+        # As that does, in half the time.
+        key = keys[0]
         if not refresh:
             known = self._recall(key)
             if known is None and self._shared:
-                known = (await self._recall_shared(self._shared, (key,), deadline)).get(key)
+                known = (await self._recall_shared(self._shared, keys, deadline)).get(key)
             if known:
-                return Answered([known.prediction], _age_s(known))
+                return [known.prediction], _age_s(known), None
         self.metrics.missed(1)
-        outcomes: Sequence[Outcome] = ()
-        while not outcomes:
+        while True:
             run = None if refresh else self._runs.get(key)
-            if run:
-                said = await self._follow(run, deadline)
-                outcomes = [said[key]] if said else ()
-                continue
-            run = self._lead((key,), rows, submit, deadline, refresh)
-            try:
-                outcomes = await run.leader
-            finally:
-                self._lead_ended(run, outcomes)
-                del run
-        return Answered(outcomes, None)
+            if run is None:
+                run = self._lead(keys, rows, submit, deadline, refresh)
+                outcomes: Sequence[Outcome] = ()
+                try:
+                    outcomes = await run.leader
+                finally:
+                    content = self._lead_ended(run, outcomes)
+                    del run
+                return outcomes, None, content
+            said = await self._follow(run, deadline)
+            if said:
+                return [said[key]], None, None
 
     async def _answer_many(
         self,
@@ -283,7 +268,7 @@ class ResponseCache:
                 known |= await self._recall_shared(self._shared, unknown, deadline)
             if len(known) == len(row_of):
                 oldest = min(known.values(), key=attrgetter("said"))
-                return Answered([known[key].prediction for key in keys], _age_s(oldest))
+                return [known[key].prediction for key in keys], _age_s(oldest), None
         said: dict[Key, Outcome] = {key: found.prediction for key, found in known.items()}
         self.metrics.missed(len(row_of) - len(said))
         while missing := [key for key in row_of if key not in said]:
@@ -308,7 +293,7 @@ class ResponseCache:
             finally:
                 while joined:
                     self._part(*joined.pop())
-        return Answered([said[key] for key in keys], None)
+        return [said[key] for key in keys], None, None
 
     def _lead(
         self,
@@ -319,35 +304,44 @@ class ResponseCache:
         refresh: bool,
     ) -> _Run:
         """Have the model asked of `rows`, for all who follow; to be ended by who called this."""
-        answer: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
-        outdated: set[Key] = set()
-        ticket: Ticket[Outcome]
+        run = _Run(keys, self._loop.create_future(), deadline)
         if self._shared and self._lock_s and not refresh:
             row_of = dict(zip(keys, rows, strict=True))
-            others = self._others(self._shared, outdated)
-            ticket = SharedRun(row_of, submit, answer, deadline, others)
+            others = self._others(self._shared, run.leader)
+            run.ticket = SharedRun(row_of, submit, run.leader, deadline, others)
         else:
-            ticket = submit(rows, answer)
-        run = _Run(keys, ticket, answer, deadline, outdated)
+            run.ticket = submit(rows, run.leader)
         for key in keys:
-            if key in self._runs:
-                self._runs[key].outdated.add(key)
             self._runs[key] = run
         return run
 
-    def _lead_ended(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
-        """Who leads `run` has its outcomes; none: it gives up, or the model did."""
-        self._waiting.discard(run.leader)
-        if run.ticket.outlet is not run.leader:
-            self._part(run, run.leader)
-            return
-        run.ticket.withdraw()
-        if outcomes:
-            self._keep_later(run, outcomes)
-        else:
-            self.forget(run)
+    def _lead_ended(self, run: _Run, outcomes: Sequence[Outcome]) -> bytes | None:
+        """Who leads `run` has its outcomes; none: it gives up, or the model did.
 
-    def _others(self, shared: SharedStore, outdated: set[Key]) -> Others:
+        Returns:
+            The JSON of the only prediction, if there is nothing else, and it is kept.
+        """
+        ticket = run.ticket
+        if ticket.outlet is not run.leader:
+            self._part(run, run.leader)
+            return None
+        ticket.withdraw()
+        if len(outcomes) != 1 or isinstance(ticket, SharedRun):
+            self.end(run, outcomes)
+            return None
+        content = self._content(outcomes[0])
+        # In the next turn of the loop, with all that end in this one: together they take half the
+        # time. Until then who asks the same gets it from the run.
+        if not self._ended:
+            self._loop.call_soon(self._keep_all, context=Context())
+        self._ended.append((run, content))
+        return content
+
+    def _others(self, shared: SharedStore, leader: asyncio.Future[Sequence[Outcome]]) -> Others:
+        # Of the leader and not of its run, which knows this.
+        def is_current(key: Key) -> bool:
+            return key in self._runs and self._runs[key].leader is leader
+
         def names(keys: Sequence[Key]) -> list[bytes]:
             return [b"%b:lock" % self._name(key) for key in keys]
 
@@ -364,7 +358,7 @@ class ResponseCache:
 
         def keep(keys: Sequence[Key], outcomes: Sequence[Outcome]) -> None:
             said = zip(keys, outcomes, strict=True)
-            self._keep({key: outcome for key, outcome in said if key not in outdated})
+            self._keep({key: outcome for key, outcome in said if is_current(key)})
 
         return Others(self._lock_s, take, release, recall, keep)
 
@@ -384,7 +378,7 @@ class ResponseCache:
         if isinstance(outlet, asyncio.Future) and outlet.done():
             # The one who leads has not woken up yet.
             if outlet.cancelled() or outlet.exception():
-                self.forget(run)
+                self.end(run)
                 landing.set_result({})
             else:
                 landing.set_result(dict(zip(run.keys, outlet.result(), strict=True)))
@@ -404,14 +398,9 @@ class ResponseCache:
         if not waiter.cancel() and not waiter.cancelled():
             # Another error may have come first; nobody has to hear of both.
             waiter.exception()
-        if isinstance(run.ticket.outlet, _Flight):
-            run.ticket.outlet.leave(waiter)
-
-    def forget(self, run: _Run) -> None:
-        """Nobody can follow it any more."""
-        for key in run.keys:
-            if self._runs.get(key) is run:
-                del self._runs[key]
+        flight = run.ticket.outlet
+        if isinstance(flight, _Flight) and flight.leave(waiter):
+            self._waiting.discard(run.leader)
 
     def _recall(self, key: Key) -> _Known | None:
         """What is in memory."""
@@ -439,8 +428,8 @@ class ResponseCache:
             elif found := self._read(key, value):
                 known[key] = found
                 # As it would be said: what was read may be written in other ways.
-                if value := self._value(key, found.prediction, found.said):
-                    self._memory.put({key: value})
+                if content := self._content(found.prediction):
+                    self._memory.put({key: HEAD.pack(FORMAT, found.said, key[:16]) + content})
                 self.metrics.show_bytes(self._memory.bytes_held)
                 self.metrics.redis_hits.inc()
             elif not self._is_ours(key, value):
@@ -468,47 +457,55 @@ class ResponseCache:
             self.metrics.invalid.inc()
             return None
 
-    def _value(self, key: Key, prediction: Outcome, said: float) -> bytes | None:
-        """What is kept of `prediction`; None: it cannot be said in JSON."""
+    def _content(self, outcome: Outcome) -> bytes | None:
+        """Its JSON, if it is to be kept: no ItemError, nor what has more to it than can be read
+        again, nor what cannot be said in JSON."""
+        if type(outcome) is not self._prediction:
+            return None
         try:
-            content = self._to_json(prediction, by_alias=True)
+            return self._to_json(outcome, by_alias=True)
         except PydanticSerializationError:
             return None
-        return HEAD.pack(FORMAT, said, key[:16]) + content
 
     def _is_fresh(self, age_s: float) -> bool:
         # Not a number is not.
         return -MAX_SKEW_S <= age_s < self._ttl_s
 
-    def _keep_later(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
-        """Keep what `run` says in the next turn of the loop, with that of all that end in this
-        one: together they take half the time. Until then who asks the same gets it from the run."""
-        if not self._ended:
-            self._loop.call_soon(self._keep_all, context=Context())
-        self._ended.append((run, outcomes))
-
     def _keep_all(self) -> None:
+        """Keep what runs of one row came to, unless somebody has asked again meanwhile."""
         ended, self._ended = self._ended, []
-        said: dict[Key, Outcome] = {}
-        for run, outcomes in ended:
-            said |= _lasting(run, outcomes)
-        try:
-            self._keep(said)
-        finally:
-            for run, _ in ended:
-                self.forget(run)
+        runs, now = self._runs, time()
+        values = {}
+        for run, content in ended:
+            key = run.keys[0]
+            if runs.get(key) is run:
+                del runs[key]
+                if content is not None:
+                    values[key] = HEAD.pack(FORMAT, now, key[:16]) + content
+        self._put(values)
 
-    def keep(self, run: _Run, outcomes: Sequence[Outcome]) -> None:
-        """Keep what `run` says, as far as it is new and nobody has asked again meanwhile."""
-        self._keep(_lasting(run, outcomes))
+    def end(self, run: _Run, outcomes: Sequence[Outcome] = ()) -> None:
+        """Nobody can follow it any more. What it says is kept, as `_keep_all` does."""
+        # What a shared run says has been kept, or is what another process said.
+        if outcomes and not isinstance(run.ticket, SharedRun):
+            said = zip(run.keys, outcomes, strict=True)
+            self._keep({key: outcome for key, outcome in said if self._runs.get(key) is run})
+        for key in run.keys:
+            if self._runs.get(key) is run:
+                del self._runs[key]
 
     def _keep(self, said: Mapping[Key, Outcome]) -> None:
-        now, kind = time(), self._prediction
-        values = {}
-        for key, outcome in said.items():
-            # No ItemError; nor what has more to it than can be read again.
-            if type(outcome) is kind and (value := self._value(key, outcome, now)):
-                values[key] = value
+        now = time()
+        contents = {key: self._content(outcome) for key, outcome in said.items()}
+        self._put(
+            {
+                key: HEAD.pack(FORMAT, now, key[:16]) + content
+                for key, content in contents.items()
+                if content is not None
+            }
+        )
+
+    def _put(self, values: Mapping[Key, bytes]) -> None:
         self._memory.put(values)
         if self._shared:
             for key, value in values.items():
@@ -532,20 +529,21 @@ class _Flight:
         self._leader = run.leader
         self._is_done = False
 
-    def leave(self, waiter: asyncio.Future[Any]) -> None:
-        """It is done."""
+    def leave(self, waiter: asyncio.Future[Any]) -> bool:
+        """Whether nobody waits any more; `waiter`, which is done, does not."""
         self.waiting.discard(waiter)
-        if self._leader.done() and not self.waiting:
-            self._run.ticket.withdraw()
-            # It knows this, which knows it.
-            self._run.ticket.outlet = self._leader
+        if self.waiting or not self._leader.done():
+            return False
+        self._run.ticket.withdraw()
+        # It knows this, which knows it.
+        self._run.ticket.outlet = self._leader
+        return True
 
     def done(self) -> bool:
         return self._is_done
 
     def set_result(self, outcomes: Sequence[Outcome]) -> None:
-        self._end()
-        self._cache.keep(self._run, outcomes)
+        self._end(outcomes)
         if not self._leader.done():
             self._leader.set_result(outcomes)
         said = dict(zip(self._run.keys, outcomes, strict=True))
@@ -575,20 +573,9 @@ class _Flight:
         if not self._is_done:
             self._end()
 
-    def _end(self) -> None:
+    def _end(self, outcomes: Sequence[Outcome] = ()) -> None:
         self._is_done = True
-        self._cache.forget(self._run)
-
-
-def _lasting(run: _Run, outcomes: Sequence[Outcome]) -> Mapping[Key, Outcome]:
-    """What `run` says that is to be kept."""
-    # What a shared run gives may be what another process said, and has been kept.
-    if isinstance(run.ticket, SharedRun):
-        return {}
-    said = dict(zip(run.keys, outcomes, strict=True))
-    for key in run.outdated:
-        said.pop(key, None)
-    return said
+        self._cache.end(self._run, outcomes)
 
 
 def _custom_parts(schema: Any) -> str:
@@ -601,10 +588,6 @@ def _custom_parts(schema: Any) -> str:
     if isinstance(schema, list | tuple):
         return next(filter(None, map(_custom_parts, schema)), "")
     return ""
-
-
-async def _past_the_cache(rows: Sequence[BaseFeatures], submit: Submit) -> Answered:
-    return Answered(await outcomes_of(partial(submit, rows)), None)
 
 
 def _age_s(known: _Known) -> float:

@@ -58,7 +58,7 @@ class Answer:
     """Of the oldest outcome, if all are from the cache."""
 
     content: bytes | None = None
-    """The JSON of the only prediction, which is not among the outcomes then."""
+    """The JSON of the only prediction, if the cache has it; there may be no outcomes then."""
 
 
 def admit(model: ServedModel, deadline: float) -> None:
@@ -135,7 +135,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
         ServiceError: the model is not ready, overloaded, failed, or late.
     """
     cache, use = model.cache, terms.use
-    age_s = None
+    age_s = content = None
     try:
         if cache is None or use is CacheUse.NONE:
             # As `outcomes_of`, which would be a coroutine more: 1 us.
@@ -149,9 +149,8 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
                 del ticket, answer
         else:
             submit, deadline = partial(_submit, model, terms), terms.deadline
-            is_normal = use is CacheUse.NORMAL
-            answered = await cache.answer(rows, submit, deadline, refresh=not is_normal)
-            outcomes, age_s = answered.outcomes, answered.age_s
+            refresh = use is CacheUse.REFRESH
+            outcomes, age_s, content = await cache.answer(rows, submit, deadline, refresh=refresh)
     except (ServiceError, asyncio.CancelledError) as error:
         _count(model, error)
         if isinstance(error, PredictionFailed):
@@ -167,7 +166,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     if model.values:
         model.values.note(rows, outcomes)
     status = _of_cache(cache, model.values, terms, rows, age_s) if cache else None
-    return Answer(model.version or "", outcomes, errors, status, age_s)
+    return Answer(model.version or "", outcomes, errors, status, age_s, content)
 
 
 def _of_cache(
