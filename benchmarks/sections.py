@@ -43,7 +43,9 @@ SLICES = 2
 """Into which a round's closed loops are cut, so that those of all contestants alternate."""
 
 BURST = 20
-"""So many single requests one after the other find what they need in the CPU's caches."""
+BURST_S = 0.05
+"""So many single requests one after the other, and for so long, find what they need in the CPU's
+caches, as those of a caller who is alone do."""
 
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
@@ -306,7 +308,7 @@ def _open_loop(running: Running, found: list[Measurement], about: Measurement) -
 
 
 def one_by_one(bench: Bench, running: Mapping[str, Running]) -> dict[str, list[float]]:
-    """Latencies in ms of single requests, `BURST` of them to each in turn.
+    """Latencies in ms of single requests, to each contestant in turn.
 
     Each has a connection of its own. What slows the machine down slows all of them down.
     """
@@ -322,9 +324,11 @@ def one_by_one(bench: Bench, running: Mapping[str, Running]) -> dict[str, list[f
         while perf_counter() < ends:
             turn = next(turns)
             for name in rotated(list(running), turn):
-                connection = connections[name]
-                for exchange in running[name].exchanges[:BURST]:
+                connection, begun = connections[name], perf_counter()
+                for number, exchange in enumerate(itertools.cycle(running[name].exchanges)):
                     started = perf_counter()
+                    if number >= BURST and started - begun >= BURST_S:
+                        break
                     connection.sendall(exchange.request)
                     status = _receive(connection)
                     latencies_ms[name].append(1000 * (perf_counter() - started))
