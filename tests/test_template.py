@@ -22,6 +22,7 @@ LAYERS = [
     {"repository", "discovery"},
     {"cache", "drift"},
     {"shared_run"},
+    {"flights"},
     {"batching", "runner", "tensor_parser"},
     {"tensor", "redis_store"},
     {

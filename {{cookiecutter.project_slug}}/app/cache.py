@@ -9,10 +9,9 @@ predictions are kept, as JSON, and one that does not fit the schema when it is r
 import asyncio
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
-from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from time import time
@@ -20,15 +19,15 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic_core import PydanticSerializationError
 
-from app.batching import Outlet, Ticket, outcomes_of
+from app.batching import outcomes_of
 from app.canonical import Canonical
-from app.deadlines import Deadlines
-from app.errors import DeadlineExceeded
+from app.flights import Flights, Key, Run
 from app.known_bodies import MAX_BODY_BYTES, KnownBodies
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
-from app.predictor import BaseFeatures, BasePrediction, ItemError
-from app.shared_run import Others, SharedRun
+from app.predictor import BaseFeatures, BasePrediction
+from app.runner import Outcome
+from app.shared_run import Others, SharedRun, Submit
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
@@ -42,25 +41,7 @@ prediction."""
 MAX_SKEW_S = 5.0
 """By so much the clock of another machine may be ahead."""
 
-Key = bytes
-Outcome = BasePrediction | ItemError
-Submit = Callable[[Sequence[BaseFeatures], Outlet[Outcome]], Ticket[Outcome]]
 Keys = tuple[Key, ...]
-Landing = asyncio.Future[Mapping[Key, Outcome]]
-
-
-@dataclass(eq=False, slots=True)
-class _Run:
-    """What the model was asked for, and has not answered yet."""
-
-    keys: Keys
-    leader: asyncio.Future[Sequence[Outcome]]
-    """What the first who asked waits for."""
-
-    deadline: float
-    """Of that one, by `time.monotonic`."""
-
-    ticket: Ticket[Outcome] = field(init=False)
 
 
 Answered = tuple[Sequence[Outcome], float | None, bytes | None]
@@ -153,12 +134,10 @@ class ResponseCache:
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._bodies = KnownBodies() if self._canonical.follows_from_json else None
-        self._runs: dict[Key, _Run] = {}
-        self._ended: list[tuple[_Run, bytes | None]] = []
+        self._flights = Flights(self._keep_run)
+        self._ended: list[tuple[Run, bytes | None]] = []
         """Runs of one row that were answered in this turn of the event loop, and the JSON of what
         they came to."""
-
-        self._waiting: Deadlines[asyncio.Future[Any]] = Deadlines(_expire)
 
     def check(self, row: BaseFeatures, prediction: Outcome | None) -> None:
         """
@@ -237,7 +216,7 @@ class ResponseCache:
                 return [known.prediction], _age_s(known), None
         self.metrics.missed(1)
         while True:
-            run = None if refresh else self._runs.get(key)
+            run = None if refresh else self._flights.under_way.get(key)
             if run is None:
                 run = self._lead(keys, rows, submit, deadline, refresh)
                 outcomes: Sequence[Outcome] = ()
@@ -247,7 +226,8 @@ class ResponseCache:
                     content = self._lead_ended(run, outcomes)
                     del run
                 return outcomes, None, content
-            said = await self._follow(run, deadline)
+            self.metrics.followers.inc()
+            said = await self._flights.follow(run, deadline)
             if said:
                 return [said[key]], None, None
 
@@ -271,11 +251,13 @@ class ResponseCache:
                 return [known[key].prediction for key in keys], _age_s(oldest), None
         said: dict[Key, Outcome] = {key: found.prediction for key, found in known.items()}
         self.metrics.missed(len(row_of) - len(said))
+        flights, under_way = self._flights, self._flights.under_way
         while missing := [key for key in row_of if key not in said]:
-            runs = {self._runs[key] for key in missing if key in self._runs and not refresh}
-            under_way = {key for run in runs for key in run.keys}
-            to_lead = tuple(key for key in missing if key not in under_way)
-            joined = [(run, self._join(run, deadline)) for run in runs]
+            runs = {under_way[key] for key in missing if key in under_way and not refresh}
+            to_follow = {key for run in runs for key in run.keys}
+            to_lead = tuple(key for key in missing if key not in to_follow)
+            self.metrics.followers.inc(len(runs))
+            joined = [(run, flights.join(run, deadline)) for run in runs]
             try:
                 if to_lead:
                     led = [row_of[key] for key in to_lead]
@@ -292,7 +274,7 @@ class ResponseCache:
                     said |= await joined[number][1]
             finally:
                 while joined:
-                    self._part(*joined.pop())
+                    flights.part(*joined.pop())
         return [said[key] for key in keys], None, None
 
     def _lead(
@@ -302,9 +284,9 @@ class ResponseCache:
         submit: Submit,
         deadline: float,
         refresh: bool,
-    ) -> _Run:
+    ) -> Run:
         """Have the model asked of `rows`, for all who follow; to be ended by who called this."""
-        run = _Run(keys, self._loop.create_future(), deadline)
+        run = Run(keys, self._loop.create_future(), deadline)
         if self._shared and self._lock_s and not refresh:
             row_of = dict(zip(keys, rows, strict=True))
             others = self._others(self._shared, run.leader)
@@ -312,10 +294,10 @@ class ResponseCache:
         else:
             run.ticket = submit(rows, run.leader)
         for key in keys:
-            self._runs[key] = run
+            self._flights.under_way[key] = run
         return run
 
-    def _lead_ended(self, run: _Run, outcomes: Sequence[Outcome]) -> bytes | None:
+    def _lead_ended(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
         """Who leads `run` has its outcomes; none: it gives up, or the model did.
 
         Returns:
@@ -323,11 +305,11 @@ class ResponseCache:
         """
         ticket = run.ticket
         if ticket.outlet is not run.leader:
-            self._part(run, run.leader)
+            self._flights.part(run, run.leader)
             return None
         ticket.withdraw()
         if len(outcomes) != 1 or isinstance(ticket, SharedRun):
-            self.end(run, outcomes)
+            self._flights.land(run, outcomes)
             return None
         content = self._content(outcomes[0])
         # In the next turn of the loop, with all that end in this one: together they take half the
@@ -340,7 +322,8 @@ class ResponseCache:
     def _others(self, shared: SharedStore, leader: asyncio.Future[Sequence[Outcome]]) -> Others:
         # Of the leader and not of its run, which knows this.
         def is_current(key: Key) -> bool:
-            return key in self._runs and self._runs[key].leader is leader
+            run = self._flights.under_way.get(key)
+            return run is not None and run.leader is leader
 
         def names(keys: Sequence[Key]) -> list[bytes]:
             return [b"%b:lock" % self._name(key) for key in keys]
@@ -361,46 +344,6 @@ class ResponseCache:
             self._keep({key: outcome for key, outcome in said if is_current(key)})
 
         return Others(self._lock_s, take, release, recall, keep)
-
-    async def _follow(self, run: _Run, deadline: float) -> Mapping[Key, Outcome]:
-        """What `run` comes to; nothing, if that is of no use to others."""
-        landing = self._join(run, deadline)
-        try:
-            return await landing
-        finally:
-            self._part(run, landing)
-            del landing
-
-    def _join(self, run: _Run, deadline: float) -> Landing:
-        """A future of what `_follow` gives."""
-        landing: Landing = self._loop.create_future()
-        outlet = run.ticket.outlet
-        if isinstance(outlet, asyncio.Future) and outlet.done():
-            # The one who leads has not woken up yet.
-            if outlet.cancelled() or outlet.exception():
-                self.end(run)
-                landing.set_result({})
-            else:
-                landing.set_result(dict(zip(run.keys, outlet.result(), strict=True)))
-            return landing
-        if not isinstance(outlet, _Flight):
-            self._waiting.add(run.leader, run.deadline)
-            outlet = run.ticket.outlet = _Flight(self, run)
-        run.ticket.prolong(deadline)
-        outlet.waiting.add(landing)
-        self.metrics.followers.inc()
-        self._waiting.add(landing, deadline)
-        return landing
-
-    def _part(self, run: _Run, waiter: asyncio.Future[Any]) -> None:
-        """Who waits for `waiter` has its answer, or gives up."""
-        self._waiting.discard(waiter)
-        if not waiter.cancel() and not waiter.cancelled():
-            # Another error may have come first; nobody has to hear of both.
-            waiter.exception()
-        flight = run.ticket.outlet
-        if isinstance(flight, _Flight) and flight.leave(waiter):
-            self._waiting.discard(run.leader)
 
     def _recall(self, key: Key) -> _Known | None:
         """What is in memory."""
@@ -474,25 +417,22 @@ class ResponseCache:
     def _keep_all(self) -> None:
         """Keep what runs of one row came to, unless somebody has asked again meanwhile."""
         ended, self._ended = self._ended, []
-        runs, now = self._runs, time()
+        under_way, now = self._flights.under_way, time()
         values = {}
         for run, content in ended:
             key = run.keys[0]
-            if runs.get(key) is run:
-                del runs[key]
+            if under_way.get(key) is run:
+                del under_way[key]
                 if content is not None:
                     values[key] = HEAD.pack(FORMAT, now, key[:16]) + content
         self._put(values)
 
-    def end(self, run: _Run, outcomes: Sequence[Outcome] = ()) -> None:
-        """Nobody can follow it any more. What it says is kept, as `_keep_all` does."""
+    def _keep_run(self, run: Run, outcomes: Sequence[Outcome]) -> None:
+        """As `_keep_all`, at once; none: it gave up, or the model did."""
         # What a shared run says has been kept, or is what another process said.
         if outcomes and not isinstance(run.ticket, SharedRun):
-            said = zip(run.keys, outcomes, strict=True)
-            self._keep({key: outcome for key, outcome in said if self._runs.get(key) is run})
-        for key in run.keys:
-            if self._runs.get(key) is run:
-                del self._runs[key]
+            said, under_way = zip(run.keys, outcomes, strict=True), self._flights.under_way
+            self._keep({key: outcome for key, outcome in said if under_way.get(key) is run})
 
     def _keep(self, said: Mapping[Key, Outcome]) -> None:
         now = time()
@@ -513,71 +453,6 @@ class ResponseCache:
         self.metrics.show_bytes(self._memory.bytes_held)
 
 
-class _Flight:
-    """The outlet of a run that somebody follows, in place of the future of who leads.
-
-    Each waits for a future of its own, so that any of them can leave; when all have, the model
-    is spared.
-    """
-
-    def __init__(self, cache: ResponseCache, run: _Run) -> None:
-        self.waiting: set[Landing] = set()
-        """The futures of those who follow."""
-
-        self._cache = cache
-        self._run = run
-        self._leader = run.leader
-        self._is_done = False
-
-    def leave(self, waiter: asyncio.Future[Any]) -> bool:
-        """Whether nobody waits any more; `waiter`, which is done, does not."""
-        self.waiting.discard(waiter)
-        if self.waiting or not self._leader.done():
-            return False
-        self._run.ticket.withdraw()
-        # It knows this, which knows it.
-        self._run.ticket.outlet = self._leader
-        return True
-
-    def done(self) -> bool:
-        return self._is_done
-
-    def set_result(self, outcomes: Sequence[Outcome]) -> None:
-        self._end(outcomes)
-        if not self._leader.done():
-            self._leader.set_result(outcomes)
-        said = dict(zip(self._run.keys, outcomes, strict=True))
-        for landing in self.waiting:
-            if not landing.done():
-                landing.set_result(said)
-
-    def set_exception(self, error: Exception) -> None:
-        self._end()
-        if not self._leader.done():
-            self._leader.set_exception(error)
-        for landing in self.waiting:
-            if landing.done():
-                continue
-            if isinstance(error, DeadlineExceeded) or len(self._run.keys) > 1:
-                # That who led was too late is not true of everybody, and what is wrong with one
-                # of several rows, not of each: they ask again.
-                landing.set_result({})
-            else:
-                # Of the same row they would see the same.
-                same = copy(error).with_traceback(None)
-                same.__cause__ = error.__cause__
-                landing.set_exception(same)
-
-    def cancel(self) -> None:
-        """Nobody waits any more."""
-        if not self._is_done:
-            self._end()
-
-    def _end(self, outcomes: Sequence[Outcome] = ()) -> None:
-        self._is_done = True
-        self._cache.end(self._run, outcomes)
-
-
 def _custom_parts(schema: Any) -> str:
     """Names a part of a core schema whose JSON may be read as something else, if there is one."""
     if isinstance(schema, dict):
@@ -593,8 +468,3 @@ def _custom_parts(schema: Any) -> str:
 def _age_s(known: _Known) -> float:
     # The clocks of two machines may differ.
     return max(0.0, time() - known.said)
-
-
-def _expire(waiter: asyncio.Future[Any]) -> None:
-    if not waiter.done():
-        waiter.set_exception(DeadlineExceeded("The model did not answer in time."))

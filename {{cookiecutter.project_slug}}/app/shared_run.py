@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from app.batching import Outlet, Ticket
 from app.errors import PredictionFailed, ServiceError
-from app.predictor import BaseFeatures, BasePrediction, ItemError
+from app.flights import Key
+from app.predictor import BaseFeatures
+from app.runner import Outcome
 
 FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 0.1
 """Between two looks at what another process is about to say; a pause is half as long again as the
 one before."""
 
-Key = bytes
-Outcome = BasePrediction | ItemError
 Rows = Mapping[Key, BaseFeatures]
 Submit = Callable[[Sequence[BaseFeatures], Outlet[Outcome]], Ticket[Outcome]]
 

@@ -2,26 +2,19 @@
 
 import asyncio
 import gc
-import tracemalloc
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, date, datetime
-from enum import Enum
 from pathlib import Path
 from time import monotonic, time
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import httpx2 as httpx
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import Field, SecretStr, field_serializer, field_validator
+from pydantic import field_serializer, field_validator
 
 from app import inference
 from app.batching import Outlet, Ticket
 from app.cache import HEAD, Answered, ResponseCache, Stores, Times
-from app.canonical import Canonical
 from app.errors import (
     DeadlineExceeded,
     NotReady,
@@ -30,8 +23,8 @@ from app.errors import (
     ServiceError,
 )
 from app.inference import CacheUse
-from app.known_bodies import MAX_BODIES, MAX_BODY_BYTES, KnownBodies
-from app.memory_store import ENTRY_OVERHEAD_BYTES, MemoryStore
+from app.known_bodies import MAX_BODY_BYTES
+from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
 from tests.service.server import FAKES, Service, Start, publish
@@ -40,263 +33,13 @@ from tests.service.test_batches import sample
 FAR = 1e9
 
 
-class Colour(Enum):
-    RED = "r"
-    GREEN = "g"
-
-
-class Inner(BaseFeatures):
-    a: int = 0
-
-
-class Other(BaseFeatures):
-    a: int = 0
-
-
 class Features(BaseFeatures):
     x: float
     name: str = ""
-    count: int | None = None
-    flag: bool = False
-    kind: Literal["even", "odd"] = "odd"
-    tags: list[str] = Field(default_factory=list)
 
 
-class Rich(BaseFeatures):
-    x: int | float | str | bool | None = None
-    weights: dict[str, float] = Field(default_factory=dict)
-    words: frozenset[str] = frozenset()
-    at: datetime | None = None
-    colour: Colour = Colour.RED
-    inner: Inner | Other | None = None
-    pairs: list[tuple[str, int]] = Field(default_factory=list)
-    hidden: float = Field(default=0, exclude=True)
-    rounded: float = 0
-
-    @field_serializer("rounded")
-    def _round(self, value: float) -> float:
-        return round(value)
-
-
-class TestCanonical:
-    """Equal rows, equal bytes; different rows, different bytes."""
-
-    @pytest.mark.parametrize(
-        ("one", "other"),
-        [
-            ('{"x": 1, "name": "é"}', '{ "name":"\\u00e9","x":1.0 }'),
-            ('{"x": 1e2}', '{"x": 100, "tags": [], "count": null}'),
-        ],
-    )
-    def test_however_the_json_was_written(self, one: str, other: str) -> None:
-        canonical = Canonical(Features)
-        rows = [Features.model_validate_json(text) for text in (one, other)]
-        assert canonical(rows[0]) == canonical(rows[1])
-
-    def test_what_has_no_order_has_one(self) -> None:
-        canonical = Canonical(Rich)
-        one = Rich(weights={"a": 1, "b": 2}, words=frozenset("abcdefgh"))
-        other = Rich(weights={"b": 2, "a": 1}, words=frozenset("hgfedcba"))
-        assert canonical(one) == canonical(other)
-
-    features = st.builds(
-        Features,
-        x=st.floats(allow_nan=False, allow_infinity=False),
-        name=st.text(max_size=3),
-        count=st.none() | st.integers(0, 3),
-        flag=st.booleans(),
-        kind=st.sampled_from(["even", "odd"]),
-        tags=st.lists(st.text(max_size=2), max_size=2),
-    )
-
-    @given(features, features)
-    def test_it_is_equality(self, one: Features, other: Features) -> None:
-        canonical = Canonical(Features)
-        # 0.0 and -0.0 are equal, but a model may divide by them.
-        are_equal = one == other and str(one.x) == str(other.x)
-        assert (canonical(one) == canonical(other)) == are_equal
-        assert canonical(one) == canonical(Features.model_validate_json(one.model_dump_json()))
-
-    different = (
-        [Rich(x=value) for value in (None, 0, 1, 1.0, True, False, "", "1", "None")]
-        + [Rich(weights={"a": 1}), Rich(weights={"a": 2}), Rich(weights={"b": 1})]
-        + [Rich(words=frozenset("a")), Rich(words=frozenset("ab")), Rich(colour=Colour.GREEN)]
-        + [Rich(inner=Inner()), Rich(inner=Other()), Rich(inner=Inner(a=1))]
-        + [Rich(at=datetime(2026, 1, day, tzinfo=UTC)) for day in (1, 2)]
-        + [Rich(pairs=[("a", 1)]), Rich(pairs=[("a", 2)]), Rich(pairs=[("a", 1), ("a", 1)])]
-        + [Rich(hidden=1), Rich(rounded=0.1), Rich(rounded=0.2)]
-    )
-
-    def test_every_part_of_a_row_counts(self) -> None:
-        canonical = Canonical(Rich)
-        assert len({canonical(row) for row in self.different}) == len(self.different)
-        assert all(canonical(row) == canonical(row.model_copy(deep=True)) for row in self.different)
-
-    def test_so_do_the_numbers_of_an_array(self) -> None:
-        canonical = Canonical(Rich)
-        zeros = np.zeros((2, 2), np.float32)
-        others = [np.eye(2, dtype=np.float32), zeros.reshape(4), zeros.astype(np.int32)]
-        arrays: list[Any] = [zeros, zeros.copy(), *others]
-        keys = [canonical(Rich.model_construct(x=array)) for array in arrays]
-        assert keys[0] == keys[1]
-        assert len(set(keys)) == 4
-
-    def test_nor_is_what_was_added_to_a_row_left_out(self) -> None:
-        class Open(BaseFeatures, extra="allow"):
-            x: float
-
-        canonical = Canonical(Open)
-        texts = ['{"x": 1}', '{"x": 1, "age": 3}', '{"x": 1, "age": 99}']
-        assert len({canonical(Open.model_validate_json(text)) for text in texts}) == 3
-
-    def test_tuples_with_names_are_told_apart(self) -> None:
-        class A(NamedTuple):
-            a: int
-
-        class B(NamedTuple):
-            b: int
-
-        canonical = Canonical(Rich)
-        rows: list[Any] = [Rich.model_construct(x=value) for value in (A(1), B(1), (1,))]  # type: ignore[arg-type]
-        assert len({canonical(row) for row in rows}) == 3
-
-    def test_an_array_of_objects_is_refused(self) -> None:
-        array: Any = np.array([object()], dtype=object)
-        with pytest.raises(TypeError, match="ndarray"):
-            Canonical(Rich)(Rich.model_construct(x=array))
-
-    def test_a_secret_is_no_part_of_a_key(self) -> None:
-        class Login(BaseFeatures):
-            password: SecretStr
-
-        with pytest.raises(TypeError, match="SecretStr"):
-            Canonical(Login)(Login(password=SecretStr("x")))
-
-
-class TestMemory:
-    def test_what_was_not_asked_for_the_longest_goes_first(self) -> None:
-        store = MemoryStore(max_bytes=3 * (ENTRY_OVERHEAD_BYTES + 1))
-        for key in (b"a", b"b", b"c"):
-            store.put({key: b"x"})
-        store.get(b"a")
-        store.put({b"d": b"x"})
-        assert [key for key in (b"a", b"b", b"c", b"d") if store.get(key)] == [b"a", b"c", b"d"]
-
-    def test_what_is_too_large_is_not_kept_and_what_is_replaced_counts_once(self) -> None:
-        store = MemoryStore(1000)
-        store.put({b"a": b"x" * 10})
-        store.put({b"b": b"x" * 2000})
-        assert not store.get(b"b")
-        store.put({b"a": b"x" * 100})
-        assert store.bytes_held == ENTRY_OVERHEAD_BYTES + 100
-        for _ in range(2):
-            store.discard(b"a")
-        assert store.bytes_held == 0
-
-    @pytest.mark.parametrize("size", [20, 2000])
-    def test_its_bytes_are_those_that_it_takes(self, size: int) -> None:
-        most = 4_000_000
-        store = MemoryStore(most)
-        tracemalloc.start()
-        try:
-            for number in range(3 * most // size):
-                store.put({number.to_bytes(32): b"%*d" % (size, number)})
-            taken = tracemalloc.get_traced_memory()[0]
-        finally:
-            tracemalloc.stop()
-        assert 0.5 * most < taken < 1.1 * most
-
-
-class Plain(BaseFeatures):
-    x: float
-    name: str = ""
-
-
-class Checked(Plain):
-    @field_validator("x")
-    @classmethod
-    def _check(cls, x: float) -> float:
-        return x
-
-
-class Initialized(Plain):
-    def model_post_init(self, context: Any, /) -> None:
-        """Who knows what it does."""
-
-
-class Dated(Plain):
-    born: date = date(2026, 1, 1)
-
-
-class Named(Plain):
-    """Its fields have names that mean something in pydantic's schemas."""
-
-    type: float = 0
-    expected: float = 0
-
-    @field_validator("expected")
-    @classmethod
-    def _check(cls, expected: float) -> float:
-        return expected
-
-
-class NamedInside(Plain):
-    metadata: Inner = Inner()
-
-
-class NamedPlainly(Plain):
-    type: str = ""
-    expected: float = 0
-    metadata: Literal["type", "function-after"] = "type"
-
-
-class TestKnownBodies:
-    def test_the_same_body_has_the_same_key_and_no_other_has(self) -> None:
-        bodies = KnownBodies()
-        bodies.note(b'{"x": 1}', b"one")
-        assert bodies.key_of(b'{"x": 1}') == b"one"
-        assert bodies.key_of(b'{"x":1}') is None
-
-    def test_two_with_the_same_hash_are_told_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("app.known_bodies.hash", lambda _: 1, raising=False)
-        bodies = KnownBodies()
-        bodies.note(b"one", b"1")
-        assert bodies.key_of(b"other") is None
-        bodies.note(b"other", b"2")
-        assert bodies.key_of(b"other") == b"2"
-        assert bodies.key_of(b"one") is None
-
-    def test_it_holds_so_many_and_none_that_is_long(self) -> None:
-        bodies = KnownBodies()
-        for number in range(MAX_BODIES + 1):
-            bodies.note(b"%d" % number, b"key")
-        assert bodies.key_of(b"0") is None
-        assert bodies.key_of(b"1") == bodies.key_of(b"%d" % MAX_BODIES) == b"key"
-        assert len(bodies._entries) == MAX_BODIES
-        # That which was asked for stays.
-        bodies.note(b"one more", b"key")
-        assert bodies.key_of(b"1") == b"key"
-        assert bodies.key_of(b"2") is None
-        assert bodies.key_of(b"1" * (MAX_BODY_BYTES + 1)) is None
-
-    @pytest.mark.parametrize(
-        ("row_type", "follows"),
-        [
-            (Plain, True),
-            (Features, False),
-            (Checked, False),
-            (Initialized, False),
-            (Dated, False),
-            (Named, False),
-            (NamedInside, False),
-            (NamedPlainly, True),
-            (Rich, False),
-        ],
-    )
-    def test_whether_a_row_follows_from_its_json(
-        self, row_type: type[BaseFeatures], follows: bool
-    ) -> None:
-        assert Canonical(row_type).follows_from_json is follows
+class Other(Features):
+    count: int = 0
 
 
 class Answer(BasePrediction):
@@ -432,7 +175,7 @@ class TestAnswers:
         [
             {"identity": ["model", "2"]},
             {"identity": ["mode", "l1"]},
-            {"types": (Rich, Answer)},
+            {"types": (Other, Answer)},
         ],
     )
     def test_another_model_sees_none_of_them(self, changes: dict[str, Any]) -> None:
@@ -467,8 +210,8 @@ class TestAnswers:
     def test_a_body_that_was_noted_is_answered_as_long_as_its_row_is_known(self) -> None:
         async def test() -> None:
             model, memory = Model(), MemoryStore(1_000_000)
-            cached = cache(types=(Plain, Answer), stores=Stores(memory))
-            row, body, long = Plain(x=1), b'{"x": 1}', b" " * (MAX_BODY_BYTES + 1)
+            cached = cache(stores=Stores(memory))
+            row, body, long = Features(x=1), b'{"x": 1}', b" " * (MAX_BODY_BYTES + 1)
             asking = asyncio.create_task(cached.answer([row], model.submit, FAR))
             await settle()
             model.say()
@@ -496,7 +239,7 @@ class TestAnswers:
                 asyncio.get_running_loop().call_soon(asked.say)
                 return SimpleNamespace(outlet=outlet, withdraw=ticket.withdraw, timings=None)
 
-            cached, values = cache(types=(Plain, Answer)), SimpleNamespace(may_skip=True, skips=0)
+            cached, values = cache(), SimpleNamespace(may_skip=True, skips=0)
             values.note = lambda *_: None
             values.skip = lambda: setattr(values, "skips", values.skips + 1)
             model: Any = SimpleNamespace(
@@ -507,7 +250,7 @@ class TestAnswers:
             )
             for status in ("miss", "hit"):
                 assert inference.recall(model, terms) is None
-                assert (await inference.predict(model, [Plain(x=1)], terms)).cache == status
+                assert (await inference.predict(model, [Features(x=1)], terms)).cache == status
                 await settle()
             recalled = inference.recall(model, terms)
             assert recalled
