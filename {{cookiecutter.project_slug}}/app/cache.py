@@ -70,11 +70,11 @@ class SharedStore(Protocol):
     Nothing here fails, and only `get` and `take` take time.
     """
 
-    async def get(self, names: Sequence[bytes], deadline: float) -> Sequence[bytes | None]:
-        """What is there under `names`; None is also for what could not be found out in time."""
+    def get(self, name: bytes, deadline: float) -> asyncio.Future[bytes | None]:
+        """What is there under `name`; None is also for what could not be found out in time."""
 
-    def put(self, name: bytes, value: bytes, ttl_s: float) -> None:
-        """Have `value` kept for `ttl_s`."""
+    def put(self, values: Mapping[bytes, bytes], ttl_s: float) -> None:
+        """Have `values` kept under their names for `ttl_s`."""
 
     def discard(self, name: bytes) -> None:
         """Have it forgotten."""
@@ -211,7 +211,8 @@ class ResponseCache:
         if not refresh:
             known = self._recall(key)
             if known is None and self._shared:
-                known = (await self._recall_shared(self._shared, keys, deadline)).get(key)
+                value = await self._shared.get(self._name(key), deadline)
+                known = self._found(self._shared, key, value)
             if known:
                 return [known.prediction], _age_s(known), None
         self.metrics.missed(1)
@@ -360,23 +361,24 @@ class ResponseCache:
         self, shared: SharedStore, keys: Sequence[Key], deadline: float
     ) -> Mapping[Key, _Known]:
         """What is in `shared`, or has come into memory meanwhile."""
-        names = [self._name(key) for key in keys]
-        known: dict[Key, _Known] = {}
-        values = await shared.get(names, deadline)
-        for key, name, value in zip(keys, names, values, strict=True):
-            if found := self._recall(key):
-                known[key] = found
-            elif value is None:
-                continue
-            elif found := self._read(key, value):
-                known[key] = found
-                # As it would be said: what was read may be written in other ways.
-                if content := self._content(found.prediction):
-                    self._memory.put({key: HEAD.pack(FORMAT, found.said, key[:16]) + content})
-                self.metrics.show_bytes(self._memory.bytes_held)
-                self.metrics.redis_hits.inc()
-            elif not self._is_ours(key, value):
-                shared.discard(name)
+        values = [(key, shared.get(self._name(key), deadline)) for key in keys]
+        found = {key: self._found(shared, key, await value) for key, value in values}
+        return {key: known for key, known in found.items() if known}
+
+    def _found(self, shared: SharedStore, key: Key, value: bytes | None) -> _Known | None:
+        """What has come into memory while others were asked, or else `value`, which they gave."""
+        known = self._recall(key)
+        if known or value is None:
+            return known
+        known = self._read(key, value)
+        if known:
+            # As it would be said: what was read may be written in other ways.
+            if content := self._content(known.prediction):
+                self._memory.put({key: HEAD.pack(FORMAT, known.said, key[:16]) + content})
+            self.metrics.show_bytes(self._memory.bytes_held)
+            self.metrics.redis_hits.inc()
+        elif not self._is_ours(key, value):
+            shared.discard(self._name(key))
         return known
 
     def _name(self, key: Key) -> bytes:
@@ -448,8 +450,8 @@ class ResponseCache:
     def _put(self, values: Mapping[Key, bytes]) -> None:
         self._memory.put(values)
         if self._shared:
-            for key, value in values.items():
-                self._shared.put(self._name(key), value, self._ttl_s)
+            named = {self._name(key): value for key, value in values.items()}
+            self._shared.put(named, self._ttl_s)
         self.metrics.show_bytes(self._memory.bytes_held)
 
 

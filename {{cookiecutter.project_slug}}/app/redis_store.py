@@ -64,8 +64,8 @@ Write = tuple[bytes, int]
 class _Questions(Generic[QuestionT, AnswerT]):
     """What many want to know, asked together.
 
-    Those who come while an exchange is under way share the next one. Whoever asks gets None if
-    the store is left alone, the exchange fails, or takes too long.
+    What comes while an exchange is under way shares the next one. The answer is None if the store
+    is left alone, the exchange fails, or takes too long.
     """
 
     def __init__(
@@ -78,22 +78,19 @@ class _Questions(Generic[QuestionT, AnswerT]):
         self._asking: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    async def answers(
-        self, questions: Sequence[QuestionT], deadline: float
-    ) -> list[AnswerT | None]:
-        """One for each. Of the time until `deadline` half is spent here at the most."""
-        is_full = self._is_closed or len(self._wanted) > MAX_WANTED
-        if is_full or not questions or not self._breaker.allows():
-            return [None] * len(questions)
-        loop, now = asyncio.get_running_loop(), monotonic()
-        futures = []
-        for question in questions:
-            future: asyncio.Future[AnswerT | None] = loop.create_future()
-            self._wanted.setdefault(question, []).append(future)
-            self._patience.add(future, now + (deadline - now) / 2)
-            futures.append(future)
-        self._asking = self._asking or loop.create_task(self._ask())
-        return [await future for future in futures]
+    def ask(self, question: QuestionT, deadline: float) -> asyncio.Future[AnswerT | None]:
+        """A future of the answer. Of the time until `deadline` it takes half at the most."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[AnswerT | None] = loop.create_future()
+        if self._is_closed or len(self._wanted) > MAX_WANTED or not self._breaker.allows():
+            future.set_result(None)
+            return future
+        now = monotonic()
+        self._wanted.setdefault(question, []).append(future)
+        self._patience.add(future, now + (deadline - now) / 2)
+        if self._asking is None:
+            self._asking = loop.create_task(self._ask())
+        return future
 
     async def close(self) -> None:
         self._is_closed = True
@@ -172,20 +169,23 @@ class RedisStore:
         self._writer: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    async def get(self, names: Sequence[Name], deadline: float) -> list[bytes | None]:
+    def get(self, name: Name, deadline: float) -> asyncio.Future[bytes | None]:
         """What is there, or soon will be; None is also for what could not be found out.
 
         Args:
             deadline: by `monotonic`; of the time until then, half at the most is spent here.
         """
-        pending = {name: write[0] or None for name in names if (write := self._pending(name))}
-        unknown = [name for name in names if name not in pending]
-        found = dict(zip(unknown, await self._lookups.answers(unknown, deadline), strict=True))
-        return [pending[name] if name in pending else found[name] for name in names]
+        if write := self._pending(name):
+            known: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+            known.set_result(write[0] or None)
+            return known
+        return self._lookups.ask(name, deadline)
 
-    def put(self, name: Name, value: bytes, ttl_s: float) -> None:
-        """Have `value` written."""
-        self._write_later(name, (value, max(1, int(ttl_s * 1000))))
+    def put(self, values: Mapping[Name, bytes], ttl_s: float) -> None:
+        """Have `values` written."""
+        ttl_ms = max(1, int(ttl_s * 1000))
+        for name, value in values.items():
+            self._write_later(name, (value, ttl_ms))
 
     def discard(self, name: Name) -> None:
         """Have it deleted."""
@@ -198,8 +198,8 @@ class RedisStore:
         `deadline` half is spent here at the most.
         """
         ttl_ms = max(1, int(ttl_s * 1000))
-        answers = await self._locks.answers([(name, ttl_ms) for name in names], deadline)
-        return [answer is not False for answer in answers]
+        answers = [self._locks.ask((name, ttl_ms), deadline) for name in names]
+        return [await answer is not False for answer in answers]
 
     async def close(self) -> None:
         # What was said last is of use to others, and so is that nobody runs it any more.
@@ -222,11 +222,12 @@ class RedisStore:
         started = perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
-                values: Any = await self._redis.mget(names)
+                found: Any = await self._redis.mget(names)
             # A server that answers this with something else is none.
-            found: list[bytes | None] = [_checked(value) for value in values]
-            if len(found) != len(names):
-                raise TypeError("MGET gave another number of values")
+            if not isinstance(found, list) or len(found) != len(names):
+                raise TypeError("MGET gave no list of as many values")
+            if not all(value is None or isinstance(value, bytes) for value in found):
+                raise TypeError("MGET gave something else than bytes")
         # Redis-py and uvloop raise more than they document.
         except Exception as error:
             await self._failed(self._reading, error)
@@ -342,12 +343,6 @@ class RedisStore:
             log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
         elif state is State.CLOSED:
             log.info("Redis is in use again", extra={"what": what})
-
-
-def _checked(value: object) -> bytes | None:
-    if value is None or isinstance(value, bytes):
-        return value
-    raise TypeError("MGET gave something else than bytes")
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:

@@ -365,6 +365,10 @@ def store_with(client: Redis, timeout_s: float = 0.05) -> RedisStore:
     return store
 
 
+async def looked_up(store: RedisStore, names: list[bytes], deadline: float) -> list[bytes | None]:
+    return [await value for value in [store.get(name, deadline) for name in names]]
+
+
 @pytest.mark.parametrize(
     "answer",
     [b"OK", 1, None, [], [1, 2], [b"a"], {b"a": b"b"}, RuntimeError("closed"), AttributeError("x")],
@@ -376,11 +380,11 @@ def test_whatever_the_client_does_a_lookup_is_a_miss_and_it_recovers(answer: Any
         client.answer = answer
         store = store_with(client)
         for _ in range(3):
-            assert await store.get([b"a", b"b"], monotonic() + 60) == [None, None]
+            assert await looked_up(store, [b"a", b"b"], monotonic() + 60) == [None, None]
         assert store._reading.state.name == "OPEN"
         client.answer = [b"1", None]
         store._reading._open_until = 0  # The pause is over.
-        assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None]
+        assert await looked_up(store, [b"a", b"b"], monotonic() + 60) == [b"1", None]
         assert store._reading.state.name == "CLOSED"
         await store.close()
 
@@ -401,8 +405,8 @@ async def until(condition: Callable[[], object]) -> None:
 def test_who_is_in_a_hurry_does_without() -> None:
     async def test() -> None:
         store = store_with(Silent(), timeout_s=1000)
-        patient = asyncio.create_task(store.get([b"a"], monotonic() + 1000))
-        assert await store.get([b"a", b"b"], monotonic() + 0.02) == [None, None]
+        patient = asyncio.create_task(looked_up(store, [b"a"], monotonic() + 1000))
+        assert await looked_up(store, [b"a", b"b"], monotonic() + 0.02) == [None, None]
         assert not patient.done()
         await store.close()
         assert await patient == [None]
@@ -417,15 +421,17 @@ def test_what_is_on_its_way_is_there(start_redis: StartRedis) -> None:
     async def test() -> None:
         store = RedisStore(server.url, 0.5, StoreMetrics())
         server.client.set("b", "old")
-        store.put(b"a", b"1", 60)
+        store.put({b"a": b"1"}, 60)
         store.discard(b"b")
-        assert await store.get([b"a", b"b", b"c"], monotonic() + 60) == [b"1", None, None]
+        assert await looked_up(store, [b"a", b"b", b"c"], monotonic() + 60) == [b"1", None, None]
         server.signal(signal.SIGSTOP)
         await until(lambda: not store._unwritten)
-        assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None], "being written"
+        assert await looked_up(store, [b"a", b"b"], monotonic() + 60) == [b"1", None], (
+            "being written"
+        )
         server.signal(signal.SIGCONT)
         await until(lambda: not store._writer)
-        assert await store.get([b"a", b"b"], monotonic() + 60) == [b"1", None], "written"
+        assert await looked_up(store, [b"a", b"b"], monotonic() + 60) == [b"1", None], "written"
         assert server.client.get("a") == b"1"
         await store.close()
 
@@ -435,11 +441,11 @@ def test_what_is_on_its_way_is_there(start_redis: StartRedis) -> None:
 def test_when_too_much_waits_an_older_value_is_not_written_for_a_newer_one() -> None:
     async def test() -> None:
         store = store_with(Silent())
-        store.put(b"a", b"old", 60)
+        store.put({b"a": b"old"}, 60)
         for number in range(MAX_WRITES):
-            store.put(b"%d" % number, b"", 60)
-        store.put(b"a", b"new", 60)
-        assert await store.get([b"a"], monotonic() + 60) in ([b"new"], [None])
+            store.put({b"%d" % number: b""}, 60)
+        store.put({b"a": b"new"}, 60)
+        assert await looked_up(store, [b"a"], monotonic() + 60) in ([b"new"], [None])
         await store.close()
 
     asyncio.run(test())
@@ -449,12 +455,12 @@ def test_closing_lets_nobody_wait() -> None:
     async def test() -> None:
         for turns in range(3):
             store = store_with(Silent())
-            waiting = asyncio.create_task(store.get([b"a"], monotonic() + 60))
+            waiting = asyncio.create_task(looked_up(store, [b"a"], monotonic() + 60))
             for _ in range(turns):
                 await asyncio.sleep(0)
             await store.close()
             assert await waiting == [None]
-            assert await store.get([b"a"], monotonic() + 60) == [None]
+            assert await looked_up(store, [b"a"], monotonic() + 60) == [None]
 
     asyncio.run(test())
 
