@@ -14,6 +14,7 @@ from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -153,6 +154,8 @@ class RedisStore:
             # With them it would not notice that a connection has data that nobody asked for.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
+        pool = self._redis.connection_pool
+        pool.connection_class = _packing_in_c(pool.connection_class)
         self._password = unquote(urlsplit(url).password or "")
         # For all of an exchange; a new connection is one of three parts.
         self._timeout_s = 3 * timeout_s
@@ -184,12 +187,11 @@ class RedisStore:
     def put(self, values: Mapping[Name, bytes], ttl_s: float) -> None:
         """Have `values` written."""
         ttl_ms = max(1, int(ttl_s * 1000))
-        for name, value in values.items():
-            self._write_later(name, (value, ttl_ms))
+        self._write_later({name: (value, ttl_ms) for name, value in values.items()})
 
     def discard(self, name: Name) -> None:
         """Have it deleted."""
-        self._write_later(name, (b"", 0))
+        self._write_later({name: (b"", 0)})
 
     async def take(self, names: Sequence[Name], ttl_s: float, deadline: float) -> list[bool]:
         """Set those of `names` that are not there, for `ttl_s` at most.
@@ -254,18 +256,28 @@ class RedisStore:
         self._writing.worked()
         return [answer is not None for answer in answers]
 
-    def _write_later(self, name: Name, write: Write) -> None:
-        replaced = self._unwritten.pop(name, None)
-        self._unwritten_bytes -= len(replaced[0]) if replaced else 0
-        size = len(write[0])
-        is_full = self._is_closed or len(self._unwritten) >= MAX_WRITES
-        is_heavy = self._unwritten_bytes + size > MAX_WRITE_BYTES
-        if is_full or is_heavy or (not self._writer and not self._writing.allows()):
-            self._metrics.dropped.inc()
-            return
-        self._unwritten[name] = write
-        self._unwritten_bytes += size
-        self._writer = self._writer or asyncio.create_task(self._write())
+    def _write_later(self, writes: Mapping[Name, Write]) -> None:
+        waiting = self._unwritten
+        for name, write in writes.items():
+            replaced = waiting.pop(name, None)
+            if replaced:
+                self._unwritten_bytes -= len(replaced[0])
+            held = self._unwritten_bytes + len(write[0])
+            if len(waiting) < MAX_WRITES and held <= MAX_WRITE_BYTES:
+                waiting[name] = write
+                self._unwritten_bytes = held
+            else:
+                self._metrics.dropped.inc()
+        if waiting and not self._writer:
+            if self._is_closed or not self._writing.allows():
+                self._drop_unwritten()
+            else:
+                self._writer = asyncio.create_task(self._write())
+
+    def _drop_unwritten(self) -> None:
+        self._metrics.dropped.inc(len(self._unwritten))
+        self._unwritten.clear()
+        self._unwritten_bytes = 0
 
     async def _write(self) -> None:
         """Write all that is to be written, until nothing is."""
@@ -285,9 +297,7 @@ class RedisStore:
         finally:
             self._writer = None
             self._being_written = {}
-            self._metrics.dropped.inc(len(self._unwritten))
-            self._unwritten.clear()
-            self._unwritten_bytes = 0
+            self._drop_unwritten()
 
     async def _send(self, writes: Mapping[Name, Write]) -> bool:
         """Whether all were written."""
@@ -343,6 +353,18 @@ class RedisStore:
             log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
         elif state is State.CLOSED:
             log.info("Redis is in use again", extra={"what": what})
+
+
+def _packing_in_c(kind: Any) -> Any:
+    """The same kind of connection. Those that block pack their commands in C, but the asynchronous
+    ones in Python, which takes 4 us for a row."""
+
+    class PackingInC(kind):  # type: ignore[misc]
+        def pack_command(self, *args: Any) -> list[bytes]:
+            # The name of a command may be two words.
+            return [hiredis.pack_command((*args[0].split(), *args[1:]))]
+
+    return PackingInC
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:
