@@ -209,7 +209,8 @@ class ResponseCache:
         # As that does, in half the time.
         key = keys[0]
         if not refresh:
-            known = self._recall(key)
+            value = self._memory.get(key)
+            known = None if value is None else self._recalled(key, value)
             if known is None and self._shared:
                 value = await self._shared.get(self._name(key), deadline)
                 known = self._found(self._shared, key, value)
@@ -349,8 +350,10 @@ class ResponseCache:
     def _recall(self, key: Key) -> _Known | None:
         """What is in memory."""
         value = self._memory.get(key)
-        if value is None:
-            return None
+        return None if value is None else self._recalled(key, value)
+
+    def _recalled(self, key: Key, value: bytes) -> _Known | None:
+        """What `value` says, which is in memory."""
         if known := self._read(key, value):
             self.metrics.memory_hit()
         else:

@@ -28,6 +28,8 @@ class MemoryStore:
     def put(self, values: Mapping[bytes, bytes]) -> None:
         """Keep `values` by their keys, but for those larger than all that may be held."""
         kept, most, held = self._values, self._max_bytes, self.bytes_held
+        if not most:
+            return
         for key, value in values.items():
             old = kept.pop(key, None)
             if old is not None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -58,6 +59,8 @@ end
 Name = bytes
 QuestionT = TypeVar("QuestionT", bound=Hashable)
 AnswerT = TypeVar("AnswerT")
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 Write = tuple[bytes, int]
 """A value, and for how many milliseconds to keep it; for none: it is to be deleted."""
 
@@ -107,9 +110,8 @@ class _Questions(Generic[QuestionT, AnswerT]):
         try:
             while self._wanted:
                 await self._gather()
-                questions = list(self._wanted)[:MAX_KEYS]
-                wanted = {question: self._wanted.pop(question) for question in questions}
-                self._resolve(wanted, await self._exchange(questions))
+                wanted = _first_of(self._wanted)
+                self._resolve(wanted, await self._exchange(list(wanted)))
                 if self._breaker.state is not State.CLOSED:
                     return
         finally:
@@ -178,7 +180,7 @@ class RedisStore:
         Args:
             deadline: by `monotonic`; of the time until then, half at the most is spent here.
         """
-        if write := self._pending(name):
+        if write := self._unwritten.get(name) or self._being_written.get(name):
             known: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
             known.set_result(write[0] or None)
             return known
@@ -187,11 +189,11 @@ class RedisStore:
     def put(self, values: Mapping[Name, bytes], ttl_s: float) -> None:
         """Have `values` written."""
         ttl_ms = max(1, int(ttl_s * 1000))
-        self._write_later({name: (value, ttl_ms) for name, value in values.items()})
+        self._write_later(values, ttl_ms)
 
     def discard(self, name: Name) -> None:
         """Have it deleted."""
-        self._write_later({name: (b"", 0)})
+        self._write_later({name: b""}, 0)
 
     async def take(self, names: Sequence[Name], ttl_s: float, deadline: float) -> list[bool]:
         """Set those of `names` that are not there, for `ttl_s` at most.
@@ -216,10 +218,6 @@ class RedisStore:
         with suppress(Exception):
             await self._redis.aclose()
 
-    def _pending(self, name: Name) -> Write | None:
-        """What is on its way."""
-        return self._unwritten.get(name) or self._being_written.get(name)
-
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
         try:
@@ -228,7 +226,7 @@ class RedisStore:
             # A server that answers this with something else is none.
             if not isinstance(found, list) or len(found) != len(names):
                 raise TypeError("MGET gave no list of as many values")
-            if not all(value is None or isinstance(value, bytes) for value in found):
+            if not {bytes, type(None)}.issuperset(map(type, found)):
                 raise TypeError("MGET gave something else than bytes")
         # Redis-py and uvloop raise more than they document.
         except Exception as error:
@@ -236,11 +234,11 @@ class RedisStore:
             return [None] * len(names)
         self._reading.worked()
         self._metrics.lookup_seconds.observe(perf_counter() - started)
+        known = dict(zip(names, found, strict=True))
         # What has been said since the question is newer.
-        return [
-            (write[0] or None) if (write := self._pending(name)) else value
-            for name, value in zip(names, found, strict=True)
-        ]
+        for writes in (self._being_written, self._unwritten):
+            known |= {name: writes[name][0] or None for name in writes.keys() & known}
+        return list(known.values())
 
     async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool | None]:
         """Whether each was not there; with the milliseconds that it is to last."""
@@ -256,18 +254,19 @@ class RedisStore:
         self._writing.worked()
         return [answer is not None for answer in answers]
 
-    def _write_later(self, writes: Mapping[Name, Write]) -> None:
-        waiting = self._unwritten
-        for name, write in writes.items():
+    def _write_later(self, values: Mapping[Name, bytes], ttl_ms: int) -> None:
+        waiting, held = self._unwritten, self._unwritten_bytes
+        for name, value in values.items():
             replaced = waiting.pop(name, None)
             if replaced:
-                self._unwritten_bytes -= len(replaced[0])
-            held = self._unwritten_bytes + len(write[0])
-            if len(waiting) < MAX_WRITES and held <= MAX_WRITE_BYTES:
-                waiting[name] = write
-                self._unwritten_bytes = held
+                held -= len(replaced[0])
+            size = len(value)
+            if len(waiting) < MAX_WRITES and held + size <= MAX_WRITE_BYTES:
+                waiting[name] = value, ttl_ms
+                held += size
             else:
                 self._metrics.dropped.inc()
+        self._unwritten_bytes = held
         if waiting and not self._writer:
             if self._is_closed or not self._writing.allows():
                 self._drop_unwritten()
@@ -285,10 +284,8 @@ class RedisStore:
             while self._unwritten:
                 if len(self._unwritten) < MAX_KEYS:
                     await asyncio.sleep(GATHERING_S)
-                names = list(self._unwritten)[:MAX_KEYS]
-                writes = {name: self._unwritten.pop(name) for name in names}
-                self._unwritten_bytes -= sum(len(value) for value, _ in writes.values())
-                self._being_written = writes
+                writes = self._being_written = _first_of(self._unwritten)
+                self._unwritten_bytes = sum(len(value) for value, _ in self._unwritten.values())
                 if not await self._send(writes):
                     self._metrics.dropped.inc(len(writes))
                 self._being_written = {}
@@ -313,7 +310,7 @@ class RedisStore:
 
     async def _run_script(self, writes: Mapping[Name, Write]) -> bool:
         """Whether the server takes scripts; not all do, nor from every user."""
-        arguments: list[Any] = [part for write in writes.values() for part in write]
+        arguments: list[Any] = list(chain.from_iterable(writes.values()))
         try:
             running: Any = self._redis.eval(WRITE_ALL, len(writes), *writes, *arguments)
             await running
@@ -353,6 +350,15 @@ class RedisStore:
             log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
         elif state is State.CLOSED:
             log.info("Redis is in use again", extra={"what": what})
+
+
+def _first_of(waiting: dict[KeyT, ValueT]) -> dict[KeyT, ValueT]:
+    """As many as one command takes, which no longer wait then."""
+    if len(waiting) > MAX_KEYS:
+        return {key: waiting.pop(key) for key in list(islice(waiting, MAX_KEYS))}
+    first = waiting.copy()
+    waiting.clear()
+    return first
 
 
 def _packing_in_c(kind: Any) -> Any:
