@@ -17,8 +17,6 @@ from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
 
-from pydantic_core import PydanticSerializationError
-
 from app.batching import outcomes_of
 from app.canonical import Canonical
 from app.flights import Flights, Key, Run
@@ -203,6 +201,8 @@ class ResponseCache:
             keys = tuple(map(self.key, rows))
         except TypeError:
             # The example had nothing of the kind: an optional field, say.
+            keys = ()
+        if not keys:
             return await outcomes_of(partial(submit, rows)), None, None
         if len(keys) > 1:
             return await self._answer_many(keys, rows, submit, deadline, refresh)
@@ -303,14 +303,17 @@ class ResponseCache:
         """Who leads `run` has its outcomes; none: it gives up, or the model did.
 
         Returns:
-            The JSON of the only prediction, if there is nothing else, and it is kept.
+            The JSON of the only prediction, if it was made here to be kept.
         """
         ticket = run.ticket
         if ticket.outlet is not run.leader:
             self._flights.part(run, run.leader)
             return None
         ticket.withdraw()
-        if len(outcomes) != 1 or isinstance(ticket, SharedRun):
+        if not outcomes:
+            self._flights.end(run)
+            return None
+        if len(outcomes) > 1 or isinstance(ticket, SharedRun):
             self._flights.land(run, outcomes)
             return None
         content = self._content(outcomes[0])
@@ -412,7 +415,8 @@ class ResponseCache:
             return None
         try:
             return self._to_json(outcome, by_alias=True)
-        except PydanticSerializationError:
+        # A serializer of the predictor's can raise anything.
+        except Exception:
             return None
 
     def _is_fresh(self, age_s: float) -> bool:
@@ -433,9 +437,9 @@ class ResponseCache:
         self._put(values)
 
     def _keep_run(self, run: Run, outcomes: Sequence[Outcome]) -> None:
-        """As `_keep_all`, at once; none: it gave up, or the model did."""
+        """As `_keep_all`, at once."""
         # What a shared run says has been kept, or is what another process said.
-        if outcomes and not isinstance(run.ticket, SharedRun):
+        if not isinstance(run.ticket, SharedRun):
             said, under_way = zip(run.keys, outcomes, strict=True), self._flights.under_way
             self._keep({key: outcome for key, outcome in said if under_way.get(key) is run})
 

@@ -41,8 +41,7 @@ class Flights:
     """Who leads runs, and who follows.
 
     Args:
-        keep: called with a run that somebody follows, and what it came to, while `under_way` still
-            has it.
+        keep: called with a run and what it came to, while `under_way` still has it.
     """
 
     def __init__(self, keep: Callable[[Run, Sequence[Outcome]], None]) -> None:
@@ -104,9 +103,11 @@ class Flights:
             self._waiting.discard(run.leader)
 
     def land(self, run: Run, outcomes: Sequence[Outcome]) -> None:
-        """It has been answered."""
-        self._keep(run, outcomes)
-        self.end(run)
+        """What it came to is kept, and nobody can follow it any more."""
+        try:
+            self._keep(run, outcomes)
+        finally:
+            self.end(run)
 
 
 class _Flight:

@@ -58,7 +58,8 @@ class Answer:
     """Of the oldest outcome, if all are from the cache."""
 
     content: bytes | None = None
-    """The JSON of the only prediction, if the cache has it; there may be no outcomes then."""
+    """The JSON of the only prediction, if the cache has made it; of a hit that is recalled by its
+    body there are no outcomes then."""
 
 
 def admit(model: ServedModel, deadline: float) -> None:

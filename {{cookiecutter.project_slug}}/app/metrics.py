@@ -70,7 +70,7 @@ _cache_bypasses = Counter(
     "cache_bypasses_total", "Requests that were not to be answered by the cache.", _MODEL
 )
 _cache_followers = Counter(
-    "cache_followers_total", "Requests that waited for the run of an equal one.", _MODEL
+    "cache_followers_total", "Requests that went with the run of an equal one.", _MODEL
 )
 _cache_invalid = Counter(
     "cache_invalid_total", "Cached answers that did not fit the schema.", _MODEL

@@ -207,6 +207,22 @@ class TestAnswers:
 
         run(test)
 
+    @pytest.mark.parametrize("y", ["two", object()], ids=["warns", "raises"])
+    def test_nor_is_what_cannot_be_said_in_json(self, y: object) -> None:
+        said = Answer.model_construct(y=y)  # type: ignore[arg-type]
+
+        async def test() -> None:
+            cached, model = cache(), Model()
+            for run in range(2):
+                asking = [ask(cached, model, 1) for _ in range(1 + run)]
+                await settle()
+                model.say(run, said)
+                assert all((await asked)[0][0] is said for asked in asking)
+                await settle()
+            assert model.asked == [[1], [1]]
+
+        run(test)
+
     def test_a_body_that_was_noted_is_answered_as_long_as_its_row_is_known(self) -> None:
         async def test() -> None:
             model, memory = Model(), MemoryStore(1_000_000)
