@@ -217,7 +217,7 @@ class TestAnswers:
                 asking = [ask(cached, model, 1) for _ in range(1 + run)]
                 await settle()
                 model.say(run, said)
-                assert all((await asked)[0][0] is said for asked in asking)
+                assert all([(await asked)[0][0] is said for asked in asking])
                 await settle()
             assert model.asked == [[1], [1]]
 
