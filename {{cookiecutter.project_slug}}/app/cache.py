@@ -147,7 +147,7 @@ class ResponseCache:
         if custom := _custom_parts(self._prediction.__pydantic_core_schema__):
             raise ValueError(f"a Prediction has validators or serializers of its own ({custom})")
         content = self._to_json(prediction, by_alias=True)
-        read = self._read(key, HEAD.pack(FORMAT, time(), key[:16]) + content)
+        read = self._read(key, _value(key, content, time()))
         if read is None or self._to_json(read.prediction, by_alias=True) != content:
             raise ValueError("a Prediction cannot be read from its own JSON")
 
@@ -209,8 +209,7 @@ class ResponseCache:
         # As that does, in half the time.
         key = keys[0]
         if not refresh:
-            value = self._memory.get(key)
-            known = None if value is None else self._recalled(key, value)
+            known = self._recall(key)
             if known is None and self._shared:
                 value = await self._shared.get(self._name(key), deadline)
                 known = self._found(self._shared, key, value)
@@ -353,10 +352,8 @@ class ResponseCache:
     def _recall(self, key: Key) -> _Known | None:
         """What is in memory."""
         value = self._memory.get(key)
-        return None if value is None else self._recalled(key, value)
-
-    def _recalled(self, key: Key, value: bytes) -> _Known | None:
-        """What `value` says, which is in memory."""
+        if value is None:
+            return None
         if known := self._read(key, value):
             self.metrics.memory_hit()
         else:
@@ -380,7 +377,7 @@ class ResponseCache:
         if known:
             # As it would be said: what was read may be written in other ways.
             if content := self._content(known.prediction):
-                self._memory.put({key: HEAD.pack(FORMAT, known.said, key[:16]) + content})
+                self._memory.put({key: _value(key, content, known.said)})
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
         elif not self._is_ours(key, value):
@@ -415,7 +412,7 @@ class ResponseCache:
             return None
         try:
             return self._to_json(outcome, by_alias=True)
-        # A serializer of the predictor's can raise anything.
+        # What a predictor makes without validation can be anything.
         except Exception:
             return None
 
@@ -426,15 +423,13 @@ class ResponseCache:
     def _keep_all(self) -> None:
         """Keep what runs of one row came to, unless somebody has asked again meanwhile."""
         ended, self._ended = self._ended, []
-        under_way, now = self._flights.under_way, time()
-        values = {}
+        under_way, contents = self._flights.under_way, {}
         for run, content in ended:
             key = run.keys[0]
             if under_way.get(key) is run:
                 del under_way[key]
-                if content is not None:
-                    values[key] = HEAD.pack(FORMAT, now, key[:16]) + content
-        self._put(values)
+                contents[key] = content
+        self._put(contents)
 
     def _keep_run(self, run: Run, outcomes: Sequence[Outcome]) -> None:
         """As `_keep_all`, at once."""
@@ -444,17 +439,13 @@ class ResponseCache:
             self._keep({key: outcome for key, outcome in said if under_way.get(key) is run})
 
     def _keep(self, said: Mapping[Key, Outcome]) -> None:
-        now = time()
-        contents = {key: self._content(outcome) for key, outcome in said.items()}
-        self._put(
-            {
-                key: HEAD.pack(FORMAT, now, key[:16]) + content
-                for key, content in contents.items()
-                if content is not None
-            }
-        )
+        self._put({key: self._content(outcome) for key, outcome in said.items()})
 
-    def _put(self, values: Mapping[Key, bytes]) -> None:
+    def _put(self, contents: Mapping[Key, bytes | None]) -> None:
+        now, values = time(), {}
+        for key, content in contents.items():
+            if content is not None:
+                values[key] = _value(key, content, now)
         self._memory.put(values)
         if self._shared:
             named = {self._name(key): value for key, value in values.items()}
@@ -472,6 +463,11 @@ def _custom_parts(schema: Any) -> str:
     if isinstance(schema, list | tuple):
         return next(filter(None, map(_custom_parts, schema)), "")
     return ""
+
+
+def _value(key: Key, content: bytes, said: float) -> bytes:
+    """What is kept of a prediction whose JSON is `content`."""
+    return HEAD.pack(FORMAT, said, key[:16]) + content
 
 
 def _age_s(known: _Known) -> float:

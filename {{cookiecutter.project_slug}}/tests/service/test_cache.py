@@ -297,17 +297,19 @@ class TestAnswers:
 
         run(test)
 
-    def test_an_older_run_does_not_override_a_refresh(self) -> None:
+    @pytest.mark.parametrize("order", [(1, 0), (0, 1)], ids=["refresh first", "older first"])
+    def test_an_older_run_does_not_override_a_refresh(self, order: tuple[int, int]) -> None:
         async def test() -> None:
             cached, model = cache(), Model()
             before = ask(cached, model, 1)
             await settle()
             fresh = ask(cached, model, 1, refresh=True)
             await settle()
-            model.say(1, Answer(y=777))
-            await fresh
-            model.say(0)
+            for number in order:
+                model.say(number, Answer(y=[2, 777][number]))
+                await settle()
             assert ys(await before) == [2]
+            assert ys(await fresh) == [777]
             assert ys(await ask(cached, model, 1)) == [777]
             assert len(model.asked) == 2
 

@@ -222,6 +222,20 @@ class TestLocks:
 
         run(server, test)
 
+    def test_an_older_run_does_not_override_a_refresh(self, server: RedisServer) -> None:
+        async def test(one: Process, two: Process) -> None:
+            older = one.ask(1)
+            await one.until_asked([1])
+            fresh = one.ask(1, refresh=True)
+            await one.until_asked([1], [1])
+            one.model.say(1, Answer(y=777))
+            assert ys(await fresh) == [777]
+            one.model.say(0)
+            assert ys(await older) == [2]
+            assert ys(await one.ask(1)) == ys(await two.ask(1)) == [777]
+
+        run(server, test)
+
     def test_it_leaves_nothing_for_the_garbage_collector(self, server: RedisServer) -> None:
         async def test(one: Process, _: Process) -> None:
             async def fail() -> None:
