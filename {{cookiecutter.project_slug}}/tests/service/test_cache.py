@@ -10,9 +10,11 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from pydantic import field_serializer, field_validator
+from pydantic import BaseModel, field_serializer, field_validator
 
 from app import inference
+from app.api.json_route import Call, Endpoint, JsonRoute
+from app.api.keys import ApiKeys
 from app.batching import Outlet, Ticket
 from app.cache import HEAD, Answered, ResponseCache, Stores, Times
 from app.errors import (
@@ -90,6 +92,18 @@ def cache(**changes: Any) -> ResponseCache:
     }
     given |= {"stores": Stores(MemoryStore(1_000_000)), "metrics": CacheMetrics("tested", "1")}
     return ResponseCache(**(given | changes))
+
+
+def served(cached: ResponseCache, asked: Model, **more: Any) -> Any:
+    """What `inference` and a route need of a served model; `asked` answers in the next turn."""
+
+    def submit(rows: Any, _: float, outlet: Any, **__: Any) -> Any:
+        ticket = asked.submit(rows, outlet)
+        asyncio.get_running_loop().call_soon(asked.say)
+        return SimpleNamespace(outlet=outlet, withdraw=ticket.withdraw, timings=None)
+
+    its = {"values": None, "metrics": None, "version": "1", "admit": lambda _: None}
+    return SimpleNamespace(**(its | {"cache": cached, "submit": submit} | more))
 
 
 def ask(
@@ -248,19 +262,10 @@ class TestAnswers:
 
     def test_what_was_a_hit_is_recalled_by_its_body_unless_its_row_is_to_be_seen(self) -> None:
         async def test() -> None:
-            asked = Model()
-
-            def submit(rows: Any, _: float, outlet: Any, **__: Any) -> Any:
-                ticket = asked.submit(rows, outlet)
-                asyncio.get_running_loop().call_soon(asked.say)
-                return SimpleNamespace(outlet=outlet, withdraw=ticket.withdraw, timings=None)
-
-            cached, values = cache(), SimpleNamespace(may_skip=True, skips=0)
+            cached, values, asked = cache(), SimpleNamespace(may_skip=True, skips=0), Model()
             values.note = lambda *_: None
             values.skip = lambda: setattr(values, "skips", values.skips + 1)
-            model: Any = SimpleNamespace(
-                cache=cached, values=values, metrics=None, version="1", submit=submit
-            )
+            model = served(cached, asked, values=values)
             terms: Any = SimpleNamespace(
                 body=b"1", use=CacheUse.NORMAL, deadline=FAR, priority=0, is_alone=False
             )
@@ -277,6 +282,33 @@ class TestAnswers:
                 assert inference.recall(model, other) is None
             values.may_skip = False
             assert inference.recall(model, terms) is None
+
+        run(test)
+
+    def test_a_route_does_not_read_a_body_again_whose_answer_was_a_hit(self) -> None:
+        class Body(BaseModel):
+            features: Features
+
+        read: list[Body] = []
+
+        def rows_of(body: Body) -> list[BaseFeatures]:
+            read.append(body)
+            return [body.features]
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b'{"features": {"x": 1}}'}
+
+        async def test() -> None:
+            endpoint = Endpoint(Body, Body, rows_of, lambda *_: b"", "", {}, takes_one_row=True)
+            settings: Any = SimpleNamespace(request_timeout_s=30, max_body_bytes=1000)
+            model = served(cache(), Model())
+            route = JsonRoute("/predict", endpoint, settings, ApiKeys([]), model)
+            for status in ("miss", "hit", "hit"):
+                call = Call("1", 0, {b"content-type": b"application/json"})
+                await route.answer(call, receive)
+                assert call.cache == status
+                await settle()
+            assert len(read) == 2
 
         run(test)
 
