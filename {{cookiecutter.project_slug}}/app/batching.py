@@ -55,6 +55,10 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
+ACCEPTING = State.ACCEPTING
+"""What belongs to an Enum takes 0.1 us to look up in CPython 3.11, ten times as long as this."""
+
+
 @dataclass
 class Limits:
     """Of one collector. `max_wait` bounds what a wait policy asks for, once a slot is free."""
@@ -242,7 +246,7 @@ class Collector(Generic[RowT, OutcomeT]):
         metrics: ModelMetrics,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.state = State.ACCEPTING
+        self.state: State = ACCEPTING
         self.limits = limits
         self.rows_waiting = 0
         self.cost = policy.cost
@@ -291,7 +295,7 @@ class Collector(Generic[RowT, OutcomeT]):
             NotReady: no more requests are taken.
             Overloaded: there is no room for `rows`, or the deadline would pass in the queue.
         """
-        if self.state is not State.ACCEPTING:
+        if self.state is not ACCEPTING:
             self._metrics.rejected("not_ready")
             raise NotReady("The service is stopping.")
         if self.rows_waiting + rows > self.limits.queue_max_rows:
@@ -516,7 +520,7 @@ class Collector(Generic[RowT, OutcomeT]):
             if not parts:
                 continue
             started = self._clock()
-            rows = [row for part in parts for row in part.rows]
+            rows = [row for _, _, its_rows in parts for row in its_rows]
             # What comes out for the copies is not delivered to anybody.
             rows += rows[:1] * (self.limits.padded(len(rows)) - len(rows))
             trace = batch.timings.trace
@@ -564,7 +568,7 @@ class Collector(Generic[RowT, OutcomeT]):
         run: asyncio.Future[Sequence[OutcomeT]],
     ) -> None:
         """Deliver what the model gave for `parts`; if it failed, see what can be run again."""
-        rows = sum(len(part.rows) for part in parts)
+        rows = sum([len(its_rows) for _, _, its_rows in parts])
         seconds = self._clock() - started
         self._metrics.ran(rows, seconds)
         batch.timings.seconds = (batch.timings.seconds or 0) + seconds
@@ -638,7 +642,7 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def drain(self) -> None:
         """Take no more requests; those that were taken are still answered."""
-        if self.state is State.ACCEPTING:
+        if self.state is ACCEPTING:
             self.state = State.DRAINING
 
     def close(self, reason: str = "The service has stopped.") -> None:

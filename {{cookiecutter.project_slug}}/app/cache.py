@@ -17,7 +17,7 @@ from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
 
-from app.batching import outcomes_of
+from app.batching import Ticket, outcomes_of
 from app.canonical import Canonical
 from app.flights import Flights, Key, Run
 from app.known_bodies import MAX_BODY_BYTES, KnownBodies
@@ -119,7 +119,8 @@ class ResponseCache:
         metrics: CacheMetrics,
     ) -> None:
         features, prediction = types
-        self._canonical = Canonical(features)
+        canonical = Canonical(features)
+        self._canonical = canonical.of
         self._prediction = prediction
         context = hashlib.blake2b("\0".join(identity).encode())
         self._prefix = f"prediction:{metrics.model}:{metrics.version}:".encode()
@@ -130,8 +131,10 @@ class ResponseCache:
         self._memory, self._shared = stores.memory, stores.shared
         self._ttl_s, self._lock_s = times
         self.metrics = metrics
+        self.bodies = KnownBodies() if canonical.follows_from_json else None
+        """None: it takes more than a body to know what row it holds."""
+
         self._loop = asyncio.get_running_loop()
-        self._bodies = KnownBodies() if self._canonical.follows_from_json else None
         self._flights = Flights(self._keep_run)
         self._ended: list[tuple[Run, bytes | None]] = []
         """Runs of one row that were answered in this turn of the event loop, and the JSON of what
@@ -160,10 +163,9 @@ class ResponseCache:
         keyed.update(self._canonical(row))
         return keyed.digest()
 
-    def recall_body(self, body: bytes) -> Recalled | None:
-        """What is in memory of the row in a body that was noted; None: the body is to be read."""
-        key = self._bodies.key_of(body) if self._bodies else None
-        value = self._memory.get(key) if key else None
+    def recall(self, key: Key) -> Recalled | None:
+        """What is in memory of a row, as it was said."""
+        value = self._memory.get(key)
         if value is None:
             return None
         # Here is nothing that this process has not written, so it need not be looked through.
@@ -176,15 +178,39 @@ class ResponseCache:
 
     def note_body(self, body: bytes, row: BaseFeatures) -> None:
         """`row`, and it alone, was read from `body`, and its answer was known."""
-        if self._bodies and len(body) <= MAX_BODY_BYTES:
-            self._bodies.note(body, self.key(row))
+        if self.bodies and len(body) <= MAX_BODY_BYTES:
+            self.bodies.note(body, self.key(row))
+
+    def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
+        """Of the only row, if nothing is known of it here and nobody asks the model for it: who
+        wants to know it is to `lead`. None: `answer` does all there is to it."""
+        if self._shared or len(rows) > 1:
+            return None
+        try:
+            key = self.key(rows[0])
+        except TypeError:
+            return None
+        if not refresh and (key in self._flights.under_way or self._memory.get(key)):
+            return None
+        self.metrics.missed(1)
+        return key
+
+    def lead(
+        self,
+        key: Key,
+        leader: asyncio.Future[Sequence[Outcome]],
+        deadline: float,
+        ticket: Ticket[Outcome],
+    ) -> Run:
+        """A run of one row that others can follow, until it is ended."""
+        run = self._flights.under_way[key] = Run((key,), leader, deadline, ticket)
+        return run
 
     async def answer(
         self,
         rows: Sequence[BaseFeatures],
         submit: Submit,
         deadline: float,
-        *,
         refresh: bool = False,
     ) -> Answered:
         """What is known of `rows`, and for the others what the model says.
@@ -198,16 +224,13 @@ class ResponseCache:
             ServiceError: the model did not take what it was asked for, or could not score it.
         """
         try:
-            keys = tuple(map(self.key, rows))
+            key, *others = map(self.key, rows)
         except TypeError:
             # The example had nothing of the kind: an optional field, say.
-            keys = ()
-        if not keys:
             return await outcomes_of(partial(submit, rows)), None, None
-        if len(keys) > 1:
-            return await self._answer_many(keys, rows, submit, deadline, refresh)
+        if others:
+            return await self._answer_many((key, *others), rows, submit, deadline, refresh)
         # As that does, in half the time.
-        key = keys[0]
         if not refresh:
             known = self._recall(key)
             if known is None and self._shared:
@@ -219,18 +242,43 @@ class ResponseCache:
         while True:
             run = None if refresh else self._flights.under_way.get(key)
             if run is None:
-                run = self._lead(keys, rows, submit, deadline, refresh)
+                run = self._lead((key,), rows, submit, deadline, refresh)
                 outcomes: Sequence[Outcome] = ()
                 try:
                     outcomes = await run.leader
                 finally:
-                    content = self._lead_ended(run, outcomes)
+                    content = self.end(run, outcomes)
                     del run
                 return outcomes, None, content
             self.metrics.followers.inc()
             said = await self._flights.follow(run, deadline)
             if said:
                 return [said[key]], None, None
+
+    def end(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
+        """Who leads `run` has its outcomes; none: it gives up, or the model did.
+
+        Returns:
+            The JSON of the only prediction, if it was made here to be kept.
+        """
+        ticket = run.ticket
+        if ticket.outlet is not run.leader:
+            self._flights.part(run, run.leader)
+            return None
+        ticket.withdraw()
+        if not outcomes:
+            self._flights.end(run)
+            return None
+        if self._lock_s or len(outcomes) > 1:
+            self._flights.land(run, outcomes)
+            return None
+        content = self._content(outcomes[0])
+        # In the next turn of the loop, with all that end in this one: together they take half the
+        # time. Until then who asks the same gets it from the run.
+        if not self._ended:
+            self._loop.call_soon(self._keep_all, context=Context())
+        self._ended.append((run, content))
+        return content
 
     async def _answer_many(
         self,
@@ -267,7 +315,7 @@ class ResponseCache:
                     try:
                         outcomes = await run.leader
                     finally:
-                        self._lead_ended(run, outcomes)
+                        self.end(run, outcomes)
                         del run
                     said |= dict(zip(to_lead, outcomes, strict=True))
                 # An error knows this frame by its traceback; the frame must not know the error.
@@ -287,41 +335,16 @@ class ResponseCache:
         refresh: bool,
     ) -> Run:
         """Have the model asked of `rows`, for all who follow; to be ended by who called this."""
-        run = Run(keys, self._loop.create_future(), deadline)
-        if self._shared and self._lock_s and not refresh:
-            row_of = dict(zip(keys, rows, strict=True))
-            others = self._others(self._shared, run.leader)
-            run.ticket = SharedRun(row_of, submit, run.leader, deadline, others)
+        leader: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
+        if self._lock_s and self._shared and not refresh:
+            row_of, others = dict(zip(keys, rows, strict=True)), self._others(self._shared, leader)
+            ticket: Ticket[Outcome] = SharedRun(row_of, submit, leader, deadline, others)
         else:
-            run.ticket = submit(rows, run.leader)
+            ticket = submit(rows, leader)
+        run = Run(keys, leader, deadline, ticket)
         for key in keys:
             self._flights.under_way[key] = run
         return run
-
-    def _lead_ended(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
-        """Who leads `run` has its outcomes; none: it gives up, or the model did.
-
-        Returns:
-            The JSON of the only prediction, if it was made here to be kept.
-        """
-        ticket = run.ticket
-        if ticket.outlet is not run.leader:
-            self._flights.part(run, run.leader)
-            return None
-        ticket.withdraw()
-        if not outcomes:
-            self._flights.end(run)
-            return None
-        if len(outcomes) > 1 or isinstance(ticket, SharedRun):
-            self._flights.land(run, outcomes)
-            return None
-        content = self._content(outcomes[0])
-        # In the next turn of the loop, with all that end in this one: together they take half the
-        # time. Until then who asks the same gets it from the run.
-        if not self._ended:
-            self._loop.call_soon(self._keep_all, context=Context())
-        self._ended.append((run, content))
-        return content
 
     def _others(self, shared: SharedStore, leader: asyncio.Future[Sequence[Outcome]]) -> Others:
         # Of the leader and not of its run, which knows this.
@@ -423,13 +446,14 @@ class ResponseCache:
     def _keep_all(self) -> None:
         """Keep what runs of one row came to, unless somebody has asked again meanwhile."""
         ended, self._ended = self._ended, []
-        under_way, contents = self._flights.under_way, {}
+        under_way, now, values = self._flights.under_way, time(), {}
         for run, content in ended:
-            key = run.keys[0]
+            (key,) = run.keys
             if under_way.get(key) is run:
                 del under_way[key]
-                contents[key] = content
-        self._put(contents)
+                if content is not None:
+                    values[key] = _value(key, content, now)
+        self._put(values)
 
     def _keep_run(self, run: Run, outcomes: Sequence[Outcome]) -> None:
         """As `_keep_all`, at once."""
@@ -439,13 +463,10 @@ class ResponseCache:
             self._keep({key: outcome for key, outcome in said if under_way.get(key) is run})
 
     def _keep(self, said: Mapping[Key, Outcome]) -> None:
-        self._put({key: self._content(outcome) for key, outcome in said.items()})
+        contents, now = {key: self._content(outcome) for key, outcome in said.items()}, time()
+        self._put({key: _value(key, content, now) for key, content in contents.items() if content})
 
-    def _put(self, contents: Mapping[Key, bytes | None]) -> None:
-        now, values = time(), {}
-        for key, content in contents.items():
-            if content is not None:
-                values[key] = _value(key, content, now)
+    def _put(self, values: Mapping[Key, bytes]) -> None:
         self._memory.put(values)
         if self._shared:
             named = {self._name(key): value for key, value in values.items()}

@@ -5,6 +5,7 @@ hide secrets or round, and then two rows that differ would share an answer.
 """
 
 import marshal
+from collections.abc import Callable
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -31,26 +32,31 @@ FLAT = frozenset(
 class Canonical:
     """Turns rows of one type into bytes."""
 
+    of: Callable[[BaseModel], bytes]
+    """Of a row. Raises TypeError: it holds something of which it is not known when two are
+    equal."""
+
     def __init__(self, row_type: type[BaseModel]) -> None:
         schema: Any = row_type.__pydantic_core_schema__
         is_plain_model = schema["type"] == "model" and not row_type.__private_attributes__
         is_closed = row_type.model_config.get("extra") != "allow"
-        self._is_flat = is_plain_model and is_closed and _types_in(schema["schema"]) <= FLAT
+        is_flat = is_plain_model and is_closed and _types_in(schema["schema"]) <= FLAT
+        self.of = _of_flat if is_flat else _of_any
         is_made_by_code = schema.get("custom_init") or schema.get("post_init")
-        self.follows_from_json = self._is_flat and not (is_made_by_code or _makes_defaults(schema))
+        self.follows_from_json = is_flat and not (is_made_by_code or _makes_defaults(schema))
         """Whether the same JSON always gives the same row, whatever the predictor's code does."""
 
-    def __call__(self, row: BaseModel) -> bytes:
-        """
-        Raises:
-            TypeError: the row holds something of which it is not known when two are equal.
-        """
-        if self._is_flat:
-            try:
-                return marshal.dumps(list(row.__dict__.values()), FORMAT)
-            except ValueError:
-                pass  # A literal can be anything.
-        return marshal.dumps(_plain(row), FORMAT)
+
+def _of_flat(row: BaseModel) -> bytes:
+    try:
+        return marshal.dumps(list(row.__dict__.values()), FORMAT)
+    except ValueError:
+        # A literal can be anything.
+        return _of_any(row)
+
+
+def _of_any(row: BaseModel) -> bytes:
+    return marshal.dumps(_plain(row), FORMAT)
 
 
 def _types_in(schema: Any) -> set[str]:

@@ -8,7 +8,7 @@ spared.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from app.batching import Ticket
@@ -34,7 +34,7 @@ class Run:
     deadline: float
     """Of that one, by `time.monotonic`."""
 
-    ticket: Ticket[Outcome] = field(init=False)
+    ticket: Ticket[Outcome]
 
 
 class Flights:

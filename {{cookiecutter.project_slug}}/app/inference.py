@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Literal, Protocol
 
@@ -29,15 +28,9 @@ log = logging.getLogger(__name__)
 
 CacheStatus = Literal["hit", "miss", "bypass"]
 
-
-class CacheUse(Enum):
-    """What a caller allows the cache."""
-
-    NORMAL = "normal"
-    REFRESH = "refresh"
-    """The model is to be asked, and what it says may be kept."""
-
-    NONE = "none"
+CacheUse = Literal["normal", "refresh", "none"]
+"""What a caller allows the cache. `refresh`: the model is to be asked, and what it says may be
+kept."""
 
 
 @dataclass(slots=True)
@@ -114,12 +107,15 @@ def _submit(
 def recall(model: ServedModel, terms: Terms) -> Answer | None:
     """What is known already of a request's body, which then need not be read."""
     cache, values = model.cache, model.values
-    if cache is None or terms.body is None or terms.use is not CacheUse.NORMAL:
+    if cache is None or cache.bodies is None or terms.body is None:
+        return None
+    key = cache.bodies.key_of(terms.body)
+    if key is None or terms.use != "normal":
         return None
     if values and not values.may_skip:
         # It is to be seen what the row was.
         return None
-    recalled = cache.recall_body(terms.body)
+    recalled = cache.recall(key)
     if recalled is None:
         return None
     if values:
@@ -138,7 +134,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     cache, use = model.cache, terms.use
     age_s = content = None
     try:
-        if cache is None or use is CacheUse.NONE:
+        if cache is None or use == "none":
             # As `outcomes_of`, which would be a coroutine more: 1 us.
             answer: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
             ticket = _submit(model, terms, rows, answer)
@@ -148,10 +144,19 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
                 ticket.withdraw()
                 # An error knows this frame by its traceback; the frame must not know the error.
                 del ticket, answer
+        elif key := cache.key_of_new(rows, refresh=use == "refresh"):
+            answer = asyncio.get_running_loop().create_future()
+            run = cache.lead(key, answer, terms.deadline, _submit(model, terms, rows, answer))
+            outcomes = ()
+            try:
+                outcomes = await answer
+            finally:
+                content = cache.end(run, outcomes)
+                del run, answer
         else:
-            submit, deadline = partial(_submit, model, terms), terms.deadline
-            refresh = use is CacheUse.REFRESH
-            outcomes, age_s, content = await cache.answer(rows, submit, deadline, refresh=refresh)
+            submit, refresh = partial(_submit, model, terms), use == "refresh"
+            answered = await cache.answer(rows, submit, terms.deadline, refresh)
+            outcomes, age_s, content = answered
     except (ServiceError, asyncio.CancelledError) as error:
         _count(model, error)
         if isinstance(error, PredictionFailed):
@@ -166,23 +171,21 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
         model.metrics.ended("invalid" if errors else "ok")
     if model.values:
         model.values.note(rows, outcomes)
-    status = _of_cache(cache, model.values, terms, rows, age_s) if cache else None
+    status: CacheStatus | None = None
+    if cache:
+        is_miss = age_s is None and use == "normal"
+        status = "miss" if is_miss else _of_cache(cache, model.values, terms, rows)
     return Answer(model.version or "", outcomes, errors, status, age_s, content)
 
 
 def _of_cache(
-    cache: ResponseCache,
-    values: ValueCounts | None,
-    terms: Terms,
-    rows: Sequence[BaseFeatures],
-    age_s: float | None,
+    cache: ResponseCache, values: ValueCounts | None, terms: Terms, rows: Sequence[BaseFeatures]
 ) -> CacheStatus:
-    """What the cache had. What it had all of it may have by the body alone, the next time."""
-    if terms.use is not CacheUse.NORMAL:
+    """Whether it had all, or was not to be asked."""
+    if terms.use != "normal":
         cache.metrics.bypasses.inc()
         return "bypass"
-    if age_s is None:
-        return "miss"
+    # The next time it may be known by the body alone.
     if terms.body is not None and (values is None or values.may_skip):
         cache.note_body(terms.body, rows[0])
     return "hit"

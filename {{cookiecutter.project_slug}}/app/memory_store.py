@@ -27,23 +27,26 @@ class MemoryStore:
 
     def put(self, values: Mapping[bytes, bytes]) -> None:
         """Keep `values` by their keys, but for those larger than all that may be held."""
-        kept, most, held = self._values, self._max_bytes, self.bytes_held
+        kept, most = self._values, self._max_bytes
         if not most:
             return
-        for key, value in values.items():
-            old = kept.pop(key, None)
-            if old is not None:
-                held -= len(old) + ENTRY_OVERHEAD_BYTES
-            size = len(value) + ENTRY_OVERHEAD_BYTES
-            if size <= most:
-                kept[key] = value
-                held += size
+        for key in kept.keys() & values.keys():
+            self.discard(key)
+        sizes = list(map(len, values.values()))
+        if sizes and max(sizes) + ENTRY_OVERHEAD_BYTES > most:
+            self.put({key: value for key, value in values.items() if _size(value) <= most})
+            return
+        kept.update(values)
+        held = self.bytes_held + sum(sizes) + len(sizes) * ENTRY_OVERHEAD_BYTES
         while held > most:
-            _, oldest = kept.popitem(last=False)
-            held -= len(oldest) + ENTRY_OVERHEAD_BYTES
+            held -= _size(kept.popitem(last=False)[1])
         self.bytes_held = held
 
     def discard(self, key: bytes) -> None:
         value = self._values.pop(key, None)
         if value is not None:
-            self.bytes_held -= len(value) + ENTRY_OVERHEAD_BYTES
+            self.bytes_held -= _size(value)
+
+
+def _size(value: bytes) -> int:
+    return len(value) + ENTRY_OVERHEAD_BYTES

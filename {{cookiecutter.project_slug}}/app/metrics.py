@@ -77,18 +77,6 @@ _cache_invalid = Counter(
 )
 _cache_bytes = Gauge("cache_bytes", "What the cache in memory holds.", multiprocess_mode="livesum")
 
-_redis_dropped = Counter("cache_redis_dropped_total", "Answers that were not written to Redis.")
-_redis_failures = Counter("cache_redis_failures_total", "Exchanges with Redis that failed.")
-_redis_lookups = Histogram(
-    "cache_redis_lookup_seconds", "What looking keys up took.", buckets=COMPUTE_BUCKETS_S
-)
-_redis_breaker = Gauge(
-    "cache_redis_breaker_state",
-    "0: Redis is in use, 1: it is tried again, 2: it is left alone.",
-    ["operations"],
-    multiprocess_mode="livemax",
-)
-
 _info = Gauge(
     "model_info",
     "1 for a version that answers. `device`: what it is to run on, `provider`: what it runs on.",
@@ -134,9 +122,8 @@ class _CountedLater:
     _is_due = False
 
     def _count_later(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._count_now, context=Context())
+        self._is_due = True
+        asyncio.get_running_loop().call_soon(self._count_now, context=Context())
 
     def _count_now(self) -> None:
         self._is_due = False
@@ -185,12 +172,14 @@ class ModelMetrics(_CountedLater):
     def began(self, waits: Sequence[float]) -> None:
         """The first batches of as many requests began, which had waited for so many seconds."""
         self._begun += waits
-        self._count_later()
+        if not self._is_due:
+            self._count_later()
 
     def ran(self, rows: int, seconds: float) -> None:
         """A batch was run."""
         self._ran.append((rows, seconds))
-        self._count_later()
+        if not self._is_due:
+            self._count_later()
 
     def rejected(self, reason: RejectReason) -> None:
         self._rejection(reason).inc()
@@ -198,7 +187,8 @@ class ModelMetrics(_CountedLater):
     def ended(self, outcome: Outcome) -> None:
         """A request to the model has ended so."""
         self._ended[outcome] += 1
-        self._count_later()
+        if not self._is_due:
+            self._count_later()
 
     def _count(self) -> None:
         begun, self._begun = self._begun, []
@@ -249,12 +239,14 @@ class CacheMetrics(_CountedLater):
     def memory_hit(self) -> None:
         """A row was found in memory."""
         self._hits_noted += 1
-        self._count_later()
+        if not self._is_due:
+            self._count_later()
 
     def missed(self, rows: int) -> None:
         """So many rows were found nowhere."""
         self._misses_noted += rows
-        self._count_later()
+        if not self._is_due:
+            self._count_later()
 
     def _count(self) -> None:
         hits, self._hits_noted = self._hits_noted, 0
@@ -269,19 +261,35 @@ class CacheMetrics(_CountedLater):
             _cache_bytes.set(held)
 
 
+@cache
+def _of_redis() -> tuple[Counter, Counter, Histogram, Gauge]:
+    """Made when they are needed: what is there costs time in every scrape."""
+    return (
+        Counter("cache_redis_dropped_total", "Answers that were not written to Redis."),
+        Counter("cache_redis_failures_total", "Exchanges with Redis that failed."),
+        Histogram(
+            "cache_redis_lookup_seconds", "What looking keys up took.", buckets=COMPUTE_BUCKETS_S
+        ),
+        Gauge(
+            "cache_redis_breaker_state",
+            "0: Redis is in use, 1: it is tried again, 2: it is left alone.",
+            ["operations"],
+            multiprocess_mode="livemax",
+        ),
+    )
+
+
 class StoreMetrics:
     """The metrics of the exchange with Redis."""
 
     def __init__(self) -> None:
-        self.dropped = _redis_dropped
-        self.failures = _redis_failures
-        self.lookup_seconds = _redis_lookups
+        self.dropped, self.failures, self.lookup_seconds, self._breaker = _of_redis()
         # To be seen before anything has failed.
         self.breaker("lookups")
         self.breaker("writes")
 
     def breaker(self, operations: Literal["lookups", "writes"]) -> Gauge:
-        return _redis_breaker.labels(operations)
+        return self._breaker.labels(operations)
 
 
 class RouteMetrics:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -45,6 +45,9 @@ TOLD = (AuthenticationError, RedisConnectionError, RedisTimeoutError, OSError)
 
 MAX_FAULT_CHARS = 200
 
+CONNECTING = 3
+"""An exchange that needs a new connection may take this many times as long."""
+
 GATHERING_S = 0.01
 """For so long writes wait for others: the more go together, the less each of them costs."""
 
@@ -57,6 +60,9 @@ end
 """To redis-py a command for each write is several times as much work."""
 
 Name = bytes
+Command = tuple[Any, ...]
+"""A name and arguments: bytes, text, and whole numbers."""
+
 QuestionT = TypeVar("QuestionT", bound=Hashable)
 AnswerT = TypeVar("AnswerT")
 KeyT = TypeVar("KeyT")
@@ -84,19 +90,20 @@ class _Questions(Generic[QuestionT, AnswerT]):
 
     def ask(self, question: QuestionT, deadline: float) -> asyncio.Future[AnswerT | None]:
         """A future of the answer. Of the time until `deadline` it takes half at the most."""
-        loop = asyncio.get_running_loop()
+        loop, wanted = asyncio.get_running_loop(), self._wanted
         future: asyncio.Future[AnswerT | None] = loop.create_future()
         # Those who wait have been allowed to, and who goes with them costs nothing more.
-        is_allowed = self._wanted or self._breaker.allows()
-        if self._is_closed or len(self._wanted) > MAX_WANTED or not is_allowed:
+        if len(wanted) > MAX_WANTED if wanted else not self._may_begin():
             future.set_result(None)
             return future
-        now = monotonic()
-        self._wanted.setdefault(question, []).append(future)
-        self._patience.add(future, now + (deadline - now) / 2)
+        wanted.setdefault(question, []).append(future)
+        self._patience.add(future, (monotonic() + deadline) / 2)
         if self._asking is None:
             self._asking = loop.create_task(self._ask())
         return future
+
+    def _may_begin(self) -> bool:
+        return not self._is_closed and self._breaker.allows()
 
     async def close(self) -> None:
         self._is_closed = True
@@ -151,18 +158,16 @@ class RedisStore:
         self._redis = Redis.from_url(
             url,
             socket_connect_timeout=timeout_s,
-            socket_timeout=timeout_s,
+            # That of `_exchange` is for all of an answer, and takes less time than one of theirs.
+            socket_timeout=None,
             # Who waits for an answer does not wait for another try.
             retry=Retry(NoBackoff(), 0),
             max_connections=4,
             # With them it would not notice that a connection has data that nobody asked for.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
-        pool = self._redis.connection_pool
-        pool.connection_class = _packing_in_c(pool.connection_class)
         self._password = unquote(urlsplit(url).password or "")
-        # For all of an exchange; a new connection is one of three parts.
-        self._timeout_s = 3 * timeout_s
+        self._timeout_s = timeout_s
         self._metrics = metrics
         self._reading = Breaker(lambda state: self._note("lookups", state))
         self._writing = Breaker(lambda state: self._note("writes", state))
@@ -182,11 +187,12 @@ class RedisStore:
         Args:
             deadline: by `monotonic`; of the time until then, half at the most is spent here.
         """
-        if write := self._unwritten.get(name) or self._being_written.get(name):
-            known: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-            known.set_result(write[0] or None)
-            return known
-        return self._lookups.ask(name, deadline)
+        if name not in self._unwritten and name not in self._being_written:
+            return self._lookups.ask(name, deadline)
+        value, _ = self._unwritten.get(name) or self._being_written[name]
+        known: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        known.set_result(value or None)
+        return known
 
     def put(self, values: Mapping[Name, bytes], ttl_s: float) -> None:
         """Have `values` written."""
@@ -210,7 +216,7 @@ class RedisStore:
     async def close(self) -> None:
         # What was said last is of use to others, and so is that nobody runs it any more.
         if self._writer:
-            await asyncio.wait([self._writer], timeout=self._timeout_s)
+            await asyncio.wait([self._writer], timeout=CONNECTING * self._timeout_s)
         self._is_closed = True
         if self._writer:
             self._writer.cancel()
@@ -223,8 +229,7 @@ class RedisStore:
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                found: Any = await self._redis.mget(names)
+            [found] = await self._exchange([(b"MGET", *names)])
             # A server that answers this with something else is none.
             if not isinstance(found, list) or len(found) != len(names):
                 raise TypeError("MGET gave no list of as many values")
@@ -232,7 +237,7 @@ class RedisStore:
                 raise TypeError("MGET gave something else than bytes")
         # Redis-py and uvloop raise more than they document.
         except Exception as error:
-            await self._failed(self._reading, error)
+            self._failed(self._reading, error)
             return [None] * len(names)
         self._reading.worked()
         self._metrics.lookup_seconds.observe(perf_counter() - started)
@@ -245,30 +250,28 @@ class RedisStore:
     async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool | None]:
         """Whether each was not there; with the milliseconds that it is to last."""
         try:
-            commands = self._redis.pipeline(transaction=False)
-            for name, ttl_ms in locks:
-                commands.set(name, b"", nx=True, px=ttl_ms)
-            async with asyncio.timeout(self._timeout_s):
-                answers = await commands.execute()
+            answers = await self._exchange(
+                [(b"SET", name, b"", b"NX", b"PX", ttl_ms) for name, ttl_ms in locks]
+            )
         except Exception as error:
-            await self._failed(self._writing, error)
+            self._failed(self._writing, error)
             return [None] * len(locks)
         self._writing.worked()
         return [answer is not None for answer in answers]
 
     def _write_later(self, values: Mapping[Name, bytes], ttl_ms: int) -> None:
-        waiting, held = self._unwritten, self._unwritten_bytes
-        for name, value in values.items():
-            replaced = waiting.pop(name, None)
-            if replaced:
-                held -= len(replaced[0])
-            size = len(value)
-            if len(waiting) < MAX_WRITES and held + size <= MAX_WRITE_BYTES:
-                waiting[name] = value, ttl_ms
-                held += size
-            else:
-                self._metrics.dropped.inc()
-        self._unwritten_bytes = held
+        waiting = self._unwritten
+        for name in waiting.keys() & values.keys():
+            self._unwritten_bytes -= len(waiting.pop(name)[0])
+        taken = dict(islice(values.items(), MAX_WRITES - len(waiting)))
+        size = sum(map(len, taken.values()))
+        if self._unwritten_bytes + size <= MAX_WRITE_BYTES:
+            waiting.update(zip(taken, zip(taken.values(), repeat(ttl_ms)), strict=True))
+            self._unwritten_bytes += size
+        else:
+            taken = {}
+        if len(taken) < len(values):
+            self._metrics.dropped.inc(len(values) - len(taken))
         if waiting and not self._writer:
             if self._is_closed or not self._writing.allows():
                 self._drop_unwritten()
@@ -301,21 +304,19 @@ class RedisStore:
     async def _send(self, writes: Mapping[Name, Write]) -> bool:
         """Whether all were written."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                if not (self._may_run_scripts and await self._run_script(writes)):
-                    await self._run_commands(writes)
+            if not (self._may_run_scripts and await self._run_script(writes)):
+                await self._exchange([_write_one(name, *write) for name, write in writes.items()])
         except Exception as error:
-            await self._failed(self._writing, error)
+            self._failed(self._writing, error)
             return False
         self._writing.worked()
         return True
 
     async def _run_script(self, writes: Mapping[Name, Write]) -> bool:
         """Whether the server takes scripts; not all do, nor from every user."""
-        arguments: list[Any] = list(chain.from_iterable(writes.values()))
+        arguments = chain.from_iterable(writes.values())
         try:
-            running: Any = self._redis.eval(WRITE_ALL, len(writes), *writes, *arguments)
-            await running
+            await self._exchange([(b"EVAL", WRITE_ALL, len(writes), *writes, *arguments)])
         except ResponseError as error:
             if isinstance(error, NoPermissionError) or "unknown command" in str(error):
                 self._may_run_scripts = False
@@ -323,28 +324,33 @@ class RedisStore:
             raise
         return True
 
-    async def _run_commands(self, writes: Mapping[Name, Write]) -> None:
-        commands = self._redis.pipeline(transaction=False)
-        for name, (value, ttl_ms) in writes.items():
-            if ttl_ms:
-                commands.set(name, value, px=ttl_ms)
-            else:
-                commands.delete(name)
-        await commands.execute()
+    async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send `commands` together; what the server says to each.
 
-    async def _failed(self, breaker: Breaker, error: Exception) -> None:
+        Redis-py's client would take as long again for each exchange, and its packing, which is in
+        Python for asynchronous connections, 4 us for a row.
+        """
+        pool, loop = self._redis.connection_pool, asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECTING * self._timeout_s) as limit:
+            connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
+            try:
+                limit.reschedule(loop.time() + self._timeout_s)
+                await connection.send_packed_command(map(hiredis.pack_command, commands))
+                return [await connection.read_response() for _ in commands]
+            except BaseException:
+                # What is left on it must not answer the next question.
+                await connection.disconnect(nowait=True)
+                raise
+            finally:
+                await pool.release(connection)
+
+    def _failed(self, breaker: Breaker, error: Exception) -> None:
         text = str(error) if isinstance(error, TOLD) else ""
         if self._password:
             text = text.replace(self._password, "***")
         self._fault = f"{type(error).__name__}: {text}"[:MAX_FAULT_CHARS]
         self._metrics.failures.inc()
-        try:
-            # What is left on a connection must not answer the next question.
-            with suppress(Exception):
-                await self._redis.connection_pool.disconnect(inuse_connections=False)
-        finally:
-            # Last, as from here on somebody may try again, in an exchange of its own.
-            breaker.failed()
+        breaker.failed()
 
     def _note(self, what: Literal["lookups", "writes"], state: State) -> None:
         self._metrics.breaker(what).set(state.value)
@@ -363,16 +369,8 @@ def _first_of(waiting: dict[KeyT, ValueT]) -> dict[KeyT, ValueT]:
     return first
 
 
-def _packing_in_c(kind: Any) -> Any:
-    """The same kind of connection. Those that block pack their commands in C, but the asynchronous
-    ones in Python, which takes 4 us for a row. Text is in UTF-8 then, whatever the URL says."""
-
-    class PackingInC(kind):  # type: ignore[misc]
-        def pack_command(self, *args: Any) -> list[bytes]:
-            # The name of a command may be two words.
-            return [hiredis.pack_command((*args[0].split(), *args[1:]))]
-
-    return PackingInC
+def _write_one(name: Name, value: bytes, ttl_ms: int) -> Command:
+    return (b"SET", name, value, b"PX", ttl_ms) if ttl_ms else (b"DEL", name)
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:

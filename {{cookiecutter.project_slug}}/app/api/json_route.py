@@ -90,7 +90,7 @@ class Call:
     """By `monotonic`. Zero until `JsonRoute.admit` has found nothing against the call."""
 
     priority: int = field(default=DEFAULT_PRIORITY, init=False)
-    use: CacheUse = field(default=CacheUse.NORMAL, init=False)
+    use: CacheUse = field(default="normal", init=False)
     body: bytes | None = field(default=None, init=False)
     """If it is JSON for one row and not traced: the cache may have the answer by it."""
 
@@ -252,9 +252,10 @@ class JsonRoute:
         content = exchange.take_content(self._max_body_bytes) if exchange else None
         if content is None:
             content = await self._read(receive or exchange.asgi[1], call)  # type: ignore[union-attr]
+        answer = None
         if self.model.cache and self._takes_one_row and parse is self._parse and not call.span:
             call.body = content
-        answer = inference.recall(self.model, call)
+            answer = inference.recall(self.model, call)
         if answer is None:
             rows = self._rows(parse, content, call)
             if exchange:
@@ -368,11 +369,11 @@ def _cache_use(headers: Headers) -> CacheUse:
     """By the request's Cache-Control (RFC 9111, section 5.2.1)."""
     given = headers.get(b"cache-control")
     if given is None:
-        return CacheUse.NORMAL
+        return "normal"
     directives = {directive.strip() for directive in given.lower().split(b",")}
     if b"no-store" in directives:
-        return CacheUse.NONE
-    return CacheUse.REFRESH if b"no-cache" in directives else CacheUse.NORMAL
+        return "none"
+    return "refresh" if b"no-cache" in directives else "normal"
 
 
 def is_json(content_type: bytes) -> bool:

@@ -24,7 +24,6 @@ from app.errors import (
     PredictionFailed,
     ServiceError,
 )
-from app.inference import CacheUse
 from app.known_bodies import MAX_BODY_BYTES
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
@@ -247,16 +246,19 @@ class TestAnswers:
             model.say()
             await asking
             await settle()
-            assert cached.recall_body(body) is None
+            assert cached.bodies
+            assert cached.bodies.key_of(body) is None
             for noted in (body, long):
                 cached.note_body(noted, row)
-            recalled = cached.recall_body(body)
+            key = cached.bodies.key_of(body)
+            assert key
+            recalled = cached.recall(key)
             assert recalled
             assert recalled.content == b'{"y":2.0}'
             assert 0 <= recalled.age_s < 60
-            assert cached.recall_body(long) is None
-            memory.discard(cached.key(row))
-            assert cached.recall_body(body) is None
+            assert cached.bodies.key_of(long) is None
+            memory.discard(key)
+            assert cached.recall(key) is None
 
         run(test)
 
@@ -267,7 +269,7 @@ class TestAnswers:
             values.skip = lambda: setattr(values, "skips", values.skips + 1)
             model = served(cached, asked, values=values)
             terms: Any = SimpleNamespace(
-                body=b"1", use=CacheUse.NORMAL, deadline=FAR, priority=0, is_alone=False
+                body=b"1", use="normal", deadline=FAR, priority=0, is_alone=False
             )
             for status in ("miss", "hit"):
                 assert inference.recall(model, terms) is None
@@ -277,7 +279,7 @@ class TestAnswers:
             assert recalled
             assert (recalled.cache, recalled.content) == ("hit", b'{"y":2.0}')
             assert (values.skips, len(asked.asked)) == (1, 1)
-            for changed in ({"use": CacheUse.REFRESH}, {"use": CacheUse.NONE}, {"body": None}):
+            for changed in ({"use": "refresh"}, {"use": "none"}, {"body": None}):
                 other: Any = SimpleNamespace(**(vars(terms) | changed))
                 assert inference.recall(model, other) is None
             values.may_skip = False

@@ -63,12 +63,12 @@ class TestCanonical:
         ],
     )
     def test_however_the_json_was_written(self, one: str, other: str) -> None:
-        canonical = Canonical(Features)
+        canonical = Canonical(Features).of
         rows = [Features.model_validate_json(text) for text in (one, other)]
         assert canonical(rows[0]) == canonical(rows[1])
 
     def test_what_has_no_order_has_one(self) -> None:
-        canonical = Canonical(Rich)
+        canonical = Canonical(Rich).of
         one = Rich(weights={"a": 1, "b": 2}, words=frozenset("abcdefgh"))
         other = Rich(weights={"b": 2, "a": 1}, words=frozenset("hgfedcba"))
         assert canonical(one) == canonical(other)
@@ -85,7 +85,7 @@ class TestCanonical:
 
     @given(features, features)
     def test_it_is_equality(self, one: Features, other: Features) -> None:
-        canonical = Canonical(Features)
+        canonical = Canonical(Features).of
         # 0.0 and -0.0 are equal, but a model may divide by them.
         are_equal = one == other and str(one.x) == str(other.x)
         assert (canonical(one) == canonical(other)) == are_equal
@@ -102,12 +102,12 @@ class TestCanonical:
     )
 
     def test_every_part_of_a_row_counts(self) -> None:
-        canonical = Canonical(Rich)
+        canonical = Canonical(Rich).of
         assert len({canonical(row) for row in self.different}) == len(self.different)
         assert all(canonical(row) == canonical(row.model_copy(deep=True)) for row in self.different)
 
     def test_so_do_the_numbers_of_an_array(self) -> None:
-        canonical = Canonical(Rich)
+        canonical = Canonical(Rich).of
         zeros = np.zeros((2, 2), np.float32)
         others = [np.eye(2, dtype=np.float32), zeros.reshape(4), zeros.astype(np.int32)]
         arrays: list[Any] = [zeros, zeros.copy(), *others]
@@ -119,7 +119,7 @@ class TestCanonical:
         class Open(BaseFeatures, extra="allow"):
             x: float
 
-        canonical = Canonical(Open)
+        canonical = Canonical(Open).of
         texts = ['{"x": 1}', '{"x": 1, "age": 3}', '{"x": 1, "age": 99}']
         assert len({canonical(Open.model_validate_json(text)) for text in texts}) == 3
 
@@ -130,21 +130,21 @@ class TestCanonical:
         class B(NamedTuple):
             b: int
 
-        canonical = Canonical(Rich)
+        canonical = Canonical(Rich).of
         rows: list[Any] = [Rich.model_construct(x=value) for value in (A(1), B(1), (1,))]  # type: ignore[arg-type]
         assert len({canonical(row) for row in rows}) == 3
 
     def test_an_array_of_objects_is_refused(self) -> None:
         array: Any = np.array([object()], dtype=object)
         with pytest.raises(TypeError, match="ndarray"):
-            Canonical(Rich)(Rich.model_construct(x=array))
+            Canonical(Rich).of(Rich.model_construct(x=array))
 
     def test_a_secret_is_no_part_of_a_key(self) -> None:
         class Login(BaseFeatures):
             password: SecretStr
 
         with pytest.raises(TypeError, match="SecretStr"):
-            Canonical(Login)(Login(password=SecretStr("x")))
+            Canonical(Login).of(Login(password=SecretStr("x")))
 
 
 class Plain(BaseFeatures):

@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import pytest
 import redis
@@ -348,20 +348,35 @@ class TestPasswords:
         assert "swordfish" not in line
 
 
-class Redis:
-    """A client that says what a test wants, in place of redis-py's."""
+class Connection:
+    """Says what a test wants, in place of redis-py's; a pool of its own, too."""
 
     answer: Any = None
 
-    async def mget(self, names: list[bytes]) -> Any:
+    async def get_connection(self) -> Self:
+        return self
+
+    async def send_packed_command(self, commands: Iterable[bytes]) -> None:
+        """To nobody."""
+
+    async def read_response(self) -> Any:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
+    async def release(self, connection: Self) -> None:
+        """There is only one."""
 
-def store_with(client: Redis, timeout_s: float = 0.05) -> RedisStore:
+    async def disconnect(self, **_: bool) -> None:
+        """It is of no use to know."""
+
+    aclose = disconnect
+
+
+def store_with(connection: Connection, timeout_s: float = 0.05) -> RedisStore:
     store = RedisStore("redis://127.0.0.1:1", timeout_s, StoreMetrics())
-    store._redis.mget = client.mget  # type: ignore[method-assign,assignment]
+    pool: Any = connection
+    store._redis.connection_pool = pool
     return store
 
 
@@ -376,13 +391,13 @@ async def looked_up(store: RedisStore, names: list[bytes], deadline: float) -> l
 )
 def test_whatever_the_client_does_a_lookup_is_a_miss_and_it_recovers(answer: Any) -> None:
     async def test() -> None:
-        client = Redis()
-        client.answer = answer
-        store = store_with(client)
+        connection = Connection()
+        connection.answer = answer
+        store = store_with(connection)
         for _ in range(3):
             assert await looked_up(store, [b"a", b"b"], monotonic() + 60) == [None, None]
         assert store._reading.state.name == "OPEN"
-        client.answer = [b"1", None]
+        connection.answer = [b"1", None]
         store._reading._open_until = 0  # The pause is over.
         assert await looked_up(store, [b"a", b"b"], monotonic() + 60) == [b"1", None]
         assert store._reading.state.name == "CLOSED"
@@ -391,8 +406,8 @@ def test_whatever_the_client_does_a_lookup_is_a_miss_and_it_recovers(answer: Any
     asyncio.run(test())
 
 
-class Silent(Redis):
-    async def mget(self, names: list[bytes]) -> Any:
+class Silent(Connection):
+    async def read_response(self) -> Any:
         await asyncio.sleep(1000)
 
 
