@@ -38,6 +38,9 @@ OURS = "template"
 MANY = 32
 """Connections of the closed loop that stands for capacity."""
 
+CACHE_SLICES = 5
+"""The same in the section on the cache, where some of the ratios are near to one."""
+
 OPEN_LOOP_CONNECTIONS = 512
 SLICES = 2
 """Into which a round's closed loops are cut, so that those of all contestants alternate."""
@@ -500,8 +503,9 @@ def _caches_side_by_side(
         return running[key].load(connections, seconds=seconds, exchanges=exchanges)
 
     with ExitStack() as stack:
-        for key in itertools.product(TIERS, KNOWN):
-            tier, share = key
+        # What is compared runs one after the other: a machine that is shared changes by the second.
+        for share, tier in itertools.product(KNOWN, TIERS):
+            key = tier, share
             # Each in a database of its own, as what is fresh to one is fresh to the others, too.
             database = f"{redis_url.rstrip('/')}/{KNOWN.index(share)}"
             environment = TIERS[tier] | ({"REDIS_URL": database} if tier == "redis" else {})
@@ -509,10 +513,10 @@ def _caches_side_by_side(
             running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
             feeds[key] = iter(mixtures[share])
             load(key, MANY, LEARNING_S)
-        for turn, connections in itertools.product(range(SLICES), (1, MANY)):
+        for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
             for tier, share in rotated(list(running), about["round"] + turn):
                 of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}"}
-                result = load((tier, share), connections, bench.seconds / SLICES)
+                result = load((tier, share), connections, bench.seconds / CACHE_SLICES)
                 found.append(show(about | of | {"connections": connections}, result))
     return found
 

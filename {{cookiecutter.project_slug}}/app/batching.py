@@ -308,6 +308,10 @@ class Collector(Generic[RowT, OutcomeT]):
                 self._metrics.rejected("deadline")
                 raise Overloaded("The model would not get to this request in time.", wait)
 
+    def outlet(self) -> asyncio.Future[Sequence[OutcomeT]]:
+        """To `enqueue` with, and to wait for."""
+        return self._loop.create_future()
+
     def enqueue(
         self,
         rows: Sequence[RowT],

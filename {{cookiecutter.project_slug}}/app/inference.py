@@ -136,7 +136,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     try:
         if cache is None or use == "none":
             # As `outcomes_of`, which would be a coroutine more: 1 us.
-            answer: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
+            answer = model.outlet()
             ticket = _submit(model, terms, rows, answer)
             try:
                 outcomes = await answer
@@ -145,7 +145,7 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
                 # An error knows this frame by its traceback; the frame must not know the error.
                 del ticket, answer
         elif key := cache.key_of_new(rows, refresh=use == "refresh"):
-            answer = asyncio.get_running_loop().create_future()
+            answer = model.outlet()
             run = cache.lead(key, answer, terms.deadline, _submit(model, terms, rows, answer))
             outcomes = ()
             try:

@@ -81,9 +81,9 @@ class Inbox:
     def __init__(self) -> None:
         self._waiting: list[Job] = []
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._begin)
+            loop.call_soon(self._begin)
         self._waiting.append(job)
 
     def _begin(self) -> None:

@@ -40,9 +40,11 @@ class Outbox:
     def __init__(self) -> None:
         self._waiting: list[tuple[asyncio.Transport, bytes]] = []
 
-    def put(self, transport: asyncio.Transport, data: bytes) -> None:
+    def put(
+        self, transport: asyncio.Transport, data: bytes, loop: asyncio.AbstractEventLoop
+    ) -> None:
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self.send)
+            loop.call_soon(self.send)
         self._waiting.append((transport, data))
 
     def send(self) -> None:
@@ -170,7 +172,7 @@ class Exchange(RequestResponseCycle):
             protocol.outbox.send()
             protocol.outbox.send_at_once(self.transport, data)
         else:
-            protocol.outbox.put(self.transport, data)
+            protocol.outbox.put(self.transport, data, protocol.loop)
         # The next request of a pipeline begins in the next turn, so after the outbox.
         protocol.on_response_complete()
         # Freed while they are in the CPU's cache: with hundreds of connections they are not when
@@ -329,7 +331,7 @@ class Protocol(HttpToolsProtocol):
             cycle.job = job = Job(answering, cycle.end)
             # uvicorn waits for them when it stops, and cancels them after a while.
             self.tasks.add(job)  # type: ignore[arg-type]
-            self.inbox.put(job)
+            self.inbox.put(job, self.loop)
 
     def shutdown(self) -> None:
         self.outbox.send()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain, islice, repeat
 from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
@@ -90,8 +91,8 @@ class _Questions(Generic[QuestionT, AnswerT]):
 
     def ask(self, question: QuestionT, deadline: float) -> asyncio.Future[AnswerT | None]:
         """A future of the answer. Of the time until `deadline` it takes half at the most."""
-        loop, wanted = asyncio.get_running_loop(), self._wanted
-        future: asyncio.Future[AnswerT | None] = loop.create_future()
+        wanted = self._wanted
+        future: asyncio.Future[AnswerT | None] = self._loop.create_future()
         # Those who wait have been allowed to, and who goes with them costs nothing more.
         if len(wanted) > MAX_WANTED if wanted else not self._may_begin():
             future.set_result(None)
@@ -99,8 +100,13 @@ class _Questions(Generic[QuestionT, AnswerT]):
         wanted.setdefault(question, []).append(future)
         self._patience.add(future, (monotonic() + deadline) / 2)
         if self._asking is None:
-            self._asking = loop.create_task(self._ask())
+            self._asking = self._loop.create_task(self._ask())
         return future
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        # Once, as in app.metrics.
+        return asyncio.get_running_loop()
 
     def _may_begin(self) -> bool:
         return not self._is_closed and self._breaker.allows()

@@ -293,6 +293,16 @@ class ServedModel:
             raise NotReady(f"Model {self.name} is {self.state}.")
         self._collector.admit(1, deadline)
 
+    def outlet(self) -> asyncio.Future[Sequence[Outcome]]:
+        """To `submit` with, and to wait for.
+
+        Raises:
+            NotReady: it is not loaded yet.
+        """
+        if self._collector is None:
+            raise NotReady(f"Model {self.name} is {self.state}.")
+        return self._collector.outlet()
+
     def submit(
         self,
         rows: Sequence[BaseFeatures],

@@ -136,6 +136,7 @@ class Runner:
 
     async def load(self, load: Callable[[], Predictor]) -> None:
         """Call `load` on the thread of each instance, one after the other."""
+        self._loop = asyncio.get_running_loop()
         for instance in self._instances:
             await instance.load(load)
 
@@ -146,7 +147,7 @@ class Runner:
 
     def run(self, rows: Rows) -> asyncio.Future[Sequence[Outcome]]:
         """Of as many outcomes as `rows`, or of PredictionFailed. Done already if run inline."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         answer: asyncio.Future[Sequence[Outcome]] = loop.create_future()
         instance = self._instances[0]
         if len(self._instances) > 1:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
+from functools import cached_property
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -37,6 +38,11 @@ class Observers:
         self._ended: list[Call] = []
         self._heads: dict[JsonRoute, bytes] = {}
 
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        # Once, as in app.metrics.
+        return asyncio.get_running_loop()
+
     def begin(self, call: Call) -> None:
         """A request has come."""
         if self._tracing and _path_of(call) not in self._quiet:
@@ -46,7 +52,7 @@ class Observers:
         """It has been answered with `status`, or is not to be answered any more."""
         if not self._ended:
             # Not in the context of the one that happens to be the first.
-            asyncio.get_running_loop().call_soon(self._tell, context=Context())
+            self._loop.call_soon(self._tell, context=Context())
         call.status = status
         call.seconds = perf_counter() - call.started
         call.ended = monotonic()

@@ -101,8 +101,10 @@ def served(cached: ResponseCache, asked: Model, **more: Any) -> Any:
         asyncio.get_running_loop().call_soon(asked.say)
         return SimpleNamespace(outlet=outlet, withdraw=ticket.withdraw, timings=None)
 
-    its = {"values": None, "metrics": None, "version": "1", "admit": lambda _: None}
-    return SimpleNamespace(**(its | {"cache": cached, "submit": submit} | more))
+    outlet = asyncio.get_running_loop().create_future
+    its: dict[str, Any] = {"values": None, "metrics": None, "admit": lambda _: None}
+    its |= {"cache": cached, "version": "1", "submit": submit, "outlet": outlet}
+    return SimpleNamespace(**(its | more))
 
 
 def ask(

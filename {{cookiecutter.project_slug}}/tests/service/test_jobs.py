@@ -230,11 +230,11 @@ async def test_an_inbox_begins_all_of_a_turn_in_the_next() -> None:
     async def work(number: int) -> None:
         begun.append(number)
         if number == 2:
-            inbox.put(Followed(work(3)).job)
+            inbox.put(Followed(work(3)).job, loop)
 
-    inbox = Inbox()
-    inbox.put(Followed(work(1)).job)
-    inbox.put(Followed(work(2)).job)
+    inbox, loop = Inbox(), asyncio.get_running_loop()
+    inbox.put(Followed(work(1)).job, loop)
+    inbox.put(Followed(work(2)).job, loop)
     assert not begun
     await asyncio.sleep(0)
     assert begun == [1, 2]

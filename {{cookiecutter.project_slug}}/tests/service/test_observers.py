@@ -1,5 +1,6 @@
 """What is told of requests, quickly, is what would be told of them slowly."""
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any, cast
@@ -113,9 +114,14 @@ def test_many_values_at_once_are_counted_like_one_after_the_other() -> None:
     assert found["many"] == pytest.approx(found["single"])
 
 
+async def of_model(name: str) -> None:
+    """Have the metrics of a model that was loaded."""
+    ModelMetrics(name, "1")
+
+
 def test_counters_of_what_may_go_wrong_begin_at_zero() -> None:
     RouteMetrics("POST", "/zero")
-    ModelMetrics("zero", "1")
+    asyncio.run(of_model("zero"))
     route = {"method": "POST", "handler": "/zero"}
     for status in ("200", "422", "429", "500", "503", "504"):
         labels = route | {"status": status}

@@ -540,7 +540,7 @@ def test_who_leaves_does_not_take_the_answers_of_others_along() -> None:
         connections = [Connection(is_closed=number == 1) for number in range(3)]
         outbox = Outbox()
         for connection in connections:
-            outbox.put(connection, b"answer")
+            outbox.put(connection, b"answer", asyncio.get_running_loop())
         await asyncio.sleep(0)
         assert [connection.sent for connection in connections] == [b"answer", b"", b"answer"]
 
