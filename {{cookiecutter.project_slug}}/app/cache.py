@@ -129,7 +129,8 @@ class ResponseCache:
         self._to_json = prediction.__pydantic_serializer__.to_json
         self._from_json = prediction.__pydantic_validator__.validate_json
         self._memory, self._shared = stores.memory, stores.shared
-        self._ttl_s, self._lock_s = times
+        self._ttl_s = times.keep
+        self._lock_s = times.lock if stores.shared else 0
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
         """None: it takes more than a body to know what row it holds."""
@@ -182,9 +183,9 @@ class ResponseCache:
             self.bodies.note(body, self.key(row))
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
-        """Of the only row, if nothing is known of it here and nobody asks the model for it: who
-        wants to know it is to `lead`. None: `answer` does all there is to it."""
-        if self._shared or len(rows) > 1:
+        """Of the only row, if nothing is known of it here and nobody asks the model for it, or
+        that is not to count: then it is to `lead`. None: `answer` does all there is to it."""
+        if self._shared or len(rows) != 1:
             return None
         try:
             key = self.key(rows[0])

@@ -46,8 +46,11 @@ TOLD = (AuthenticationError, RedisConnectionError, RedisTimeoutError, OSError)
 
 MAX_FAULT_CHARS = 200
 
-CONNECTING = 3
-"""An exchange that needs a new connection may take this many times as long."""
+WRITING = 3
+"""A write may take this many times as long as what somebody waits for."""
+
+CONNECTING = 2
+"""And so may what it takes to connect, half of it until there is a connection."""
 
 GATHERING_S = 0.01
 """For so long writes wait for others: the more go together, the less each of them costs."""
@@ -58,7 +61,7 @@ for i, name in ipairs(KEYS) do
     if ttl == '0' then redis.call('DEL', name) else redis.call('SET', name, value, 'PX', ttl) end
 end
 """
-"""To redis-py a command for each write is several times as much work."""
+"""An answer to read for each write takes more."""
 
 Name = bytes
 Command = tuple[Any, ...]
@@ -164,8 +167,9 @@ class RedisStore:
         self._redis = Redis.from_url(
             url,
             socket_connect_timeout=timeout_s,
-            # That of `_exchange` is for all of an answer, and takes less time than one of theirs.
+            # Those of `_shake_hands` and `_exchange` are for all that is said, and take less time.
             socket_timeout=None,
+            redis_connect_func=self._shake_hands,
             # Who waits for an answer does not wait for another try.
             retry=Retry(NoBackoff(), 0),
             max_connections=4,
@@ -222,7 +226,8 @@ class RedisStore:
     async def close(self) -> None:
         # What was said last is of use to others, and so is that nobody runs it any more.
         if self._writer:
-            await asyncio.wait([self._writer], timeout=CONNECTING * self._timeout_s)
+            patience_s = GATHERING_S + (CONNECTING + WRITING) * self._timeout_s
+            await asyncio.wait([self._writer], timeout=patience_s)
         self._is_closed = True
         if self._writer:
             self._writer.cancel()
@@ -235,7 +240,7 @@ class RedisStore:
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
         started = perf_counter()
         try:
-            [found] = await self._exchange([(b"MGET", *names)])
+            [found] = await self._exchange([(b"MGET", *names)], self._timeout_s)
             # A server that answers this with something else is none.
             if not isinstance(found, list) or len(found) != len(names):
                 raise TypeError("MGET gave no list of as many values")
@@ -256,9 +261,8 @@ class RedisStore:
     async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool | None]:
         """Whether each was not there; with the milliseconds that it is to last."""
         try:
-            answers = await self._exchange(
-                [(b"SET", name, b"", b"NX", b"PX", ttl_ms) for name, ttl_ms in locks]
-            )
+            commands = [(b"SET", name, b"", b"NX", b"PX", ttl_ms) for name, ttl_ms in locks]
+            answers = await self._exchange(commands, self._timeout_s)
         except Exception as error:
             self._failed(self._writing, error)
             return [None] * len(locks)
@@ -270,12 +274,10 @@ class RedisStore:
         for name in waiting.keys() & values.keys():
             self._unwritten_bytes -= len(waiting.pop(name)[0])
         taken = dict(islice(values.items(), MAX_WRITES - len(waiting)))
-        size = sum(map(len, taken.values()))
-        if self._unwritten_bytes + size <= MAX_WRITE_BYTES:
-            waiting.update(zip(taken, zip(taken.values(), repeat(ttl_ms)), strict=True))
-            self._unwritten_bytes += size
-        else:
-            taken = {}
+        if self._unwritten_bytes + sum(map(len, taken.values())) > MAX_WRITE_BYTES:
+            taken = _first_bytes(taken, MAX_WRITE_BYTES - self._unwritten_bytes)
+        waiting.update(zip(taken, zip(taken.values(), repeat(ttl_ms)), strict=True))
+        self._unwritten_bytes += sum(map(len, taken.values()))
         if len(taken) < len(values):
             self._metrics.dropped.inc(len(values) - len(taken))
         if waiting and not self._writer:
@@ -311,7 +313,8 @@ class RedisStore:
         """Whether all were written."""
         try:
             if not (self._may_run_scripts and await self._run_script(writes)):
-                await self._exchange([_write_one(name, *write) for name, write in writes.items()])
+                commands = [_write_one(name, *write) for name, write in writes.items()]
+                await self._exchange(commands, WRITING * self._timeout_s)
         except Exception as error:
             self._failed(self._writing, error)
             return False
@@ -322,7 +325,8 @@ class RedisStore:
         """Whether the server takes scripts; not all do, nor from every user."""
         arguments = chain.from_iterable(writes.values())
         try:
-            await self._exchange([(b"EVAL", WRITE_ALL, len(writes), *writes, *arguments)])
+            command = (b"EVAL", WRITE_ALL, len(writes), *writes, *arguments)
+            await self._exchange([command], WRITING * self._timeout_s)
         except ResponseError as error:
             if isinstance(error, NoPermissionError) or "unknown command" in str(error):
                 self._may_run_scripts = False
@@ -330,31 +334,38 @@ class RedisStore:
             raise
         return True
 
-    async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+    async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
         """Send `commands` together; what the server says to each.
 
         Redis-py's client would take as long again for each exchange, and its packing, which is in
         Python for asynchronous connections, 4 us for a row.
         """
-        pool, loop = self._redis.connection_pool, asyncio.get_running_loop()
-        async with asyncio.timeout(CONNECTING * self._timeout_s) as limit:
-            connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
-            try:
-                limit.reschedule(loop.time() + self._timeout_s)
+        pool = self._redis.connection_pool
+        connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            async with asyncio.timeout(timeout_s):
                 await connection.send_packed_command(map(hiredis.pack_command, commands))
                 return [await connection.read_response() for _ in commands]
-            except BaseException:
-                # What is left on it must not answer the next question.
-                await connection.disconnect(nowait=True)
-                raise
-            finally:
-                await pool.release(connection)
+        except BaseException:
+            # What is left on it must not answer the next question.
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await pool.release(connection)
+
+    async def _shake_hands(self, connection: Any) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await connection.on_connect()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
 
     def _failed(self, breaker: Breaker, error: Exception) -> None:
         text = str(error) if isinstance(error, TOLD) else ""
         if self._password:
             text = text.replace(self._password, "***")
-        self._fault = f"{type(error).__name__}: {text}"[:MAX_FAULT_CHARS]
+        self._fault = f"{type(error).__name__}: {text or 'no more is told'}"[:MAX_FAULT_CHARS]
         self._metrics.failures.inc()
         breaker.failed()
 
@@ -373,6 +384,16 @@ def _first_of(waiting: dict[KeyT, ValueT]) -> dict[KeyT, ValueT]:
     first = waiting.copy()
     waiting.clear()
     return first
+
+
+def _first_bytes(values: Mapping[Name, bytes], most: int) -> dict[Name, bytes]:
+    """Those that together have no more than so many."""
+    taken = {}
+    for name, value in values.items():
+        if len(value) <= most:
+            taken[name] = value
+            most -= len(value)
+    return taken
 
 
 def _write_one(name: Name, value: bytes, ttl_ms: int) -> Command:
