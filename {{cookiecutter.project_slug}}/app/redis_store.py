@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -20,7 +20,7 @@ import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
+from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
@@ -54,14 +54,6 @@ CONNECTING = 2
 
 GATHERING_S = 0.01
 """For so long writes wait for others: the more go together, the less each of them costs."""
-
-WRITE_ALL = """
-for i, name in ipairs(KEYS) do
-    local value, ttl = ARGV[2 * i - 1], ARGV[2 * i]
-    if ttl == '0' then redis.call('DEL', name) else redis.call('SET', name, value, 'PX', ttl) end
-end
-"""
-"""An answer to read for each write takes more."""
 
 Name = bytes
 Command = tuple[Any, ...]
@@ -187,7 +179,6 @@ class RedisStore:
         self._unwritten: dict[Name, Write] = {}
         self._unwritten_bytes = 0
         self._being_written: Mapping[Name, Write] = {}
-        self._may_run_scripts = True
         self._writer: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -312,26 +303,12 @@ class RedisStore:
     async def _send(self, writes: Mapping[Name, Write]) -> bool:
         """Whether all were written."""
         try:
-            if not (self._may_run_scripts and await self._run_script(writes)):
-                commands = [_write_one(name, *write) for name, write in writes.items()]
-                await self._exchange(commands, WRITING * self._timeout_s)
+            commands = [_write_one(name, *write) for name, write in writes.items()]
+            await self._exchange(commands, WRITING * self._timeout_s)
         except Exception as error:
             self._failed(self._writing, error)
             return False
         self._writing.worked()
-        return True
-
-    async def _run_script(self, writes: Mapping[Name, Write]) -> bool:
-        """Whether the server takes scripts; not all do, nor from every user."""
-        arguments = chain.from_iterable(writes.values())
-        try:
-            command = (b"EVAL", WRITE_ALL, len(writes), *writes, *arguments)
-            await self._exchange([command], WRITING * self._timeout_s)
-        except ResponseError as error:
-            if isinstance(error, NoPermissionError) or "unknown command" in str(error):
-                self._may_run_scripts = False
-                return False
-            raise
         return True
 
     async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
