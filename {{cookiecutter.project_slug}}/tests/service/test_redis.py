@@ -19,7 +19,7 @@ import redis
 
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
-from app.redis_store import MAX_WRITES, RedisStore
+from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import PROJECT, WAIT_S, Service, Start, make_certificate, publish
 from tests.service.test_batches import sample
@@ -461,6 +461,35 @@ def test_when_too_much_waits_an_older_value_is_not_written_for_a_newer_one() -> 
             store.put({b"%d" % number: b""}, 60)
         store.put({b"a": b"new"}, 60)
         assert await looked_up(store, [b"a"], monotonic() + 60) in ([b"new"], [None])
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_of_too_many_bytes_those_that_fit_are_written() -> None:
+    async def test() -> None:
+        store = store_with(Silent())
+        large = b"x" * (MAX_WRITE_BYTES // 2)
+        store.put({b"a": large, b"b": large + b"x", b"c": b"1"}, 60)
+        assert list(store._unwritten) == [b"a", b"c"]
+        assert store._unwritten_bytes == len(large) + 1
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_a_connection_that_an_exchange_has_failed_on_is_dropped() -> None:
+    class Late(Silent):
+        dropped = 0
+
+        async def disconnect(self, **_: bool) -> None:
+            self.dropped += 1
+
+    async def test() -> None:
+        connection = Late()
+        store = store_with(connection)
+        assert await looked_up(store, [b"a"], monotonic() + 60) == [None]
+        assert connection.dropped == 1
         await store.close()
 
     asyncio.run(test())
