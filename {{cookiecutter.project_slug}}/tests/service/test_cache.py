@@ -97,9 +97,10 @@ def served(cached: ResponseCache, asked: Model, **more: Any) -> Any:
     """What `inference` and a route need of a served model; `asked` answers in the next turn."""
 
     def submit(rows: Any, _: float, outlet: Any, **__: Any) -> Any:
-        ticket = asked.submit(rows, outlet)
+        ticket: Any = asked.submit(rows, outlet)
+        ticket.timings = None
         asyncio.get_running_loop().call_soon(asked.say)
-        return SimpleNamespace(outlet=outlet, withdraw=ticket.withdraw, timings=None)
+        return ticket
 
     outlet = asyncio.get_running_loop().create_future
     its: dict[str, Any] = {"values": None, "metrics": None, "admit": lambda _: None}
@@ -286,6 +287,25 @@ class TestAnswers:
                 assert inference.recall(model, other) is None
             values.may_skip = False
             assert inference.recall(model, terms) is None
+
+        run(test)
+
+    def test_who_asks_what_another_asks_for_already_goes_with_its_run(self) -> None:
+        async def test() -> None:
+            cached, asked = cache(), Model()
+            model = served(cached, asked)
+            terms: Any = SimpleNamespace(
+                body=None, use="normal", deadline=FAR, priority=0, is_alone=False
+            )
+            rows = [Features(x=1)]
+            asking = [inference.predict(model, rows, terms) for _ in range(3)]
+            answers = await asyncio.gather(*asking)
+            assert asked.asked == [[1]]
+            assert [ys((answer.outcomes, None, None)) for answer in answers] == [[2]] * 3
+            # And who is not to be told what is known does not.
+            terms.use = "refresh"
+            assert (await inference.predict(model, rows, terms)).cache == "bypass"
+            assert asked.asked == [[1], [1]]
 
         run(test)
 
