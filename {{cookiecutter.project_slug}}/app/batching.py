@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from itertools import chain
+from math import inf
 from operator import itemgetter
 from time import monotonic
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -268,6 +269,9 @@ class Collector(Generic[RowT, OutcomeT]):
         self._is_due = False
         """Whether `_wake` is for the next turn of the loop."""
 
+        self._enough = 0.0
+        """Rows that are a reason to look at what waits before `_wake` does."""
+
         self._count = 0
         self._free_since = 0.0
         self._started = 0.0
@@ -345,6 +349,7 @@ class Collector(Generic[RowT, OutcomeT]):
             if not outlet.done():
                 self._accepted.add(request, deadline)
         else:
+            is_first_to_expire = deadline < self._accepted.earliest
             self._accepted.add(request, deadline)
             queue = self._queues.get(group)
             if queue is None:
@@ -353,7 +358,8 @@ class Collector(Generic[RowT, OutcomeT]):
             self.rows_waiting += len(rows)
             if self._batches:
                 self._metrics.waiting(self.rows_waiting)
-            self._schedule()
+            if not self._wake or self.rows_waiting >= self._enough or is_first_to_expire:
+                self._schedule()
         return request
 
     def withdraw(self, request: _Request[RowT, OutcomeT]) -> None:
@@ -381,13 +387,16 @@ class Collector(Generic[RowT, OutcomeT]):
             self.rows_waiting -= request.waiting
             if not queue:
                 del self._queues[request.group]
+            if not self.rows_waiting and not self._is_due:
+                # It was set for who has gone.
+                self._cancel_wake()
 
     def _may_start_at_once(self, request: _Request[RowT, OutcomeT]) -> bool:
         now, rows = request.timings.queued, len(request.rows)
         room = self.limits.max_rows - rows
         # A timer that is left from one who has gone would start another batch beside this one.
         is_free = room >= 0 and not self._wake and now < request.deadline
-        return is_free and self._policy.fire_at(now, rows, room, now) <= now
+        return is_free and self._policy.plan(now, rows, room, now)[0] <= now
 
     def _schedule(self) -> None:
         """Run a batch now, or later, or not yet."""
@@ -398,9 +407,9 @@ class Collector(Generic[RowT, OutcomeT]):
             self._cancel_wake()
             return
         now = self._clock()
-        oldest = min(next(iter(queue)).timings.queued for queue in self._queues.values())
+        oldest = min([next(iter(queue)).timings.queued for queue in self._queues.values()])
         room = self.limits.max_rows - self.rows_waiting
-        fire_at = self._policy.fire_at(now, self.rows_waiting, room, oldest)
+        fire_at, self._enough = self._policy.plan(now, self.rows_waiting, room, oldest)
         # To wait for a model that is busy is not to wait for other rows.
         forming_since = max(oldest, self._free_since)
         # Of a deadline that is met already it takes no notice until that has passed. Then a batch
@@ -408,6 +417,7 @@ class Collector(Generic[RowT, OutcomeT]):
         in_time = self._accepted.earliest - 2 * self.cost(self.rows_waiting)
         fire_at = min(fire_at, forming_since + self.limits.max_wait, in_time)
         if room > 0 and fire_at > now:
+            self._enough = min(self._enough, self.limits.max_rows)
             if not self._wake or fire_at != self._wakes_at:
                 self._cancel_wake()
                 self._wakes_at = fire_at
@@ -415,7 +425,7 @@ class Collector(Generic[RowT, OutcomeT]):
         else:
             self._cancel_wake()
             # In the next turn of the loop: what arrives in this one can still join.
-            self._is_due = True
+            self._is_due, self._enough = True, inf
             start = partial(self._start_when_settled, self.rows_waiting)
             self._wake = self._loop.call_soon(start, context=self._context)
 

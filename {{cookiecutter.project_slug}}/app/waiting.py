@@ -18,6 +18,10 @@ BACKGROUND_MARGIN = 1.3
 RATE_SPAN_S = 0.05
 """The average rate of arrivals is renewed this often."""
 
+NEARLY_ALL = 0.9
+"""When so many of the rows that were expected are there, it is time to plan again. Each time takes
+as long as a tenth of a request."""
+
 STREAM_GAPS = 3
 """While rows come one after the other, the next is due within so many of their gaps."""
 
@@ -65,11 +69,11 @@ class WaitPolicy(Protocol):
     def found_idle(self, now: float) -> None:
         """Rows are about to be queued, and nothing runs or waits."""
 
-    def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
+    def plan(self, now: float, rows: int, room: int, oldest: float) -> tuple[float, float]:
         """When to run the `rows` that wait since `oldest`: at once unless that is after `now`.
 
-        Asked again whenever rows have come, and when that time has come. `room` is for how many
-        more the batch has.
+        And how many rows, if they wait before, are enough to ask again; so is that the time has
+        come. `room` is for how many more the batch has.
         """
 
 
@@ -89,8 +93,8 @@ class FixedWindow:
     def found_idle(self, now: float) -> None:
         pass
 
-    def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
-        return oldest + self._window
+    def plan(self, now: float, rows: int, room: int, oldest: float) -> tuple[float, float]:
+        return oldest + self._window, inf
 
 
 class LearnedReturns:
@@ -99,7 +103,8 @@ class LearnedReturns:
     Callers that wait for an answer before they ask again come back soon after a batch was
     answered; a batch that starts without them makes them wait for all of it. So per kind of
     moment (a batch was answered; a row found the model idle) this keeps a decayed average of
-    the rows that come within each horizon: as a share of the rows answered, or as a number.
+    the rows that come between each horizon and the next: as a share of the rows answered, or as
+    a number.
     What exceeds the average rate, as in Poisson arrivals nothing does, is worth waiting for if
     the batch that each such row is spared outweighs the delay of the rows that wait. A batch
     runs the moment that all that were expected are there. Of a model whose batches take less than
@@ -110,7 +115,10 @@ class LearnedReturns:
         self._max_rows = max_rows
         self.cost = cost
         self._is_quick = cost(max_rows) < WORTH_A_WAIT_S
-        self._expected = {"answered": [0.0] * len(HORIZONS_S), "idle": [0.0] * len(HORIZONS_S)}
+        self._shares = {"answered": [0.0] * len(HORIZONS_S), "idle": [0.0] * len(HORIZONS_S)}
+        """Rows that come from the horizon before to this one. Not from the first on: a moment can
+        be over before the last horizon, of which it then says nothing."""
+
         self._kind = ""
         self._since = 0.0
         self._size = 1
@@ -121,10 +129,6 @@ class LearnedReturns:
 
         self._closes_at = 0.0
         """When the next horizon is over."""
-
-        self._planned_for = self._until = self._enough = 0.0
-        """The oldest row that the plan was made for, until when to wait, unless so many rows are
-        there before: then to think again."""
 
         self._rate = 0.0
         self._rate_rows = 0
@@ -161,7 +165,6 @@ class LearnedReturns:
         self._kind, self._since, self._size = kind, now, size
         self._came, self._came_within = 0, []
         self._closes_at = now + HORIZONS_S[0]
-        self._until = now
 
     def _close_horizons(self, now: float) -> None:
         while now > self._closes_at:
@@ -172,33 +175,31 @@ class LearnedReturns:
 
     def _learn(self, now: float) -> None:
         self._close_horizons(now)
-        expected = self._expected[self._kind]
+        shares, before = self._shares[self._kind], 0
         for index, came in enumerate(self._came_within):
             # No more can come back than were answered.
             seen = min(came, self._size) if self._kind == "answered" else came
-            expected[index] = MEMORY * expected[index] + (1 - MEMORY) * seen / self._size
+            shares[index] = MEMORY * shares[index] + (1 - MEMORY) * (seen - before) / self._size
+            before = seen
 
-    def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
+    def plan(self, now: float, rows: int, room: int, oldest: float) -> tuple[float, float]:
         if not self._kind or room <= 0 or self._is_quick:
-            return now
-        # To reckon takes as long as a tenth of a request, and each arrival asks.
-        if oldest != self._planned_for or now >= self._until or rows >= self._enough:
-            self._planned_for = oldest
-            self._plan(now, rows, room)
-        return self._until
-
-    def _plan(self, now: float, rows: int, room: int) -> None:
-        """Set until when to wait, and how many rows are enough to think again."""
+            return now, inf
         batch_s = self.cost(rows)
         spared = (batch_s + self.cost(0)) / 2
-        passed = now - self._since
-        best = wait = most = 0.0
-        for horizon, share in zip(HORIZONS_S, self._expected[self._kind], strict=True):
-            expected = share * self._size
-            excess = expected - BACKGROUND_MARGIN * self._rate * horizon
-            coming = min(expected - self._came, excess, room)
-            most = max(most, coming)
+        passed, is_idle = now - self._since, self._kind == "idle"
+        best = wait = most = expected = 0.0
+        gone = float(self._came)
+        for horizon, share in zip(HORIZONS_S, self._shares[self._kind], strict=True):
+            expected += share * self._size
             left = horizon - passed
+            if left <= 0 and is_idle:
+                # Who was answered is about and may be late. Of who comes to an idle model that is
+                # not known: who is not there when others were, does not come.
+                gone = max(gone, expected)
+            excess = expected - BACKGROUND_MARGIN * self._rate * horizon
+            coming = min(expected - gone, excess, room)
+            most = max(most, coming)
             if left <= 0 or coming < 0.5:
                 continue
             # Those that are still to come wait for half of it, on average.
@@ -209,4 +210,4 @@ class LearnedReturns:
             gap = STREAM_GAPS * (self._last - self._first) / (self._came - 1)
             if rows * gap < batch_s:
                 wait = max(wait, self._last + gap - now)
-        self._until, self._enough = now + wait, rows + max(most / 2, 1)
+        return now + wait, rows + max(NEARLY_ALL * most, 1)

@@ -6,6 +6,7 @@ import random
 import selectors
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from math import inf
 from typing import Any
 
 import pytest
@@ -73,6 +74,13 @@ class Model:
 
 def never() -> WaitPolicy:
     return FixedWindow(0, BatchCost())
+
+
+class WaitsUntilTold(FixedWindow):
+    is_over = False
+
+    def plan(self, now: float, *_: float) -> tuple[float, float]:
+        return (now if self.is_over else now + 5), inf
 
 
 Run = Callable[[list[Any]], "asyncio.Future[Sequence[Any]]"]
@@ -206,14 +214,8 @@ class TestBinding:
         run(test())
 
     def test_nor_does_a_timer_that_was_set_for_another_start_a_batch_beside_it(self) -> None:
-        class Waits(FixedWindow):
-            def fire_at(self, now: float, rows: int, room: int, oldest: float) -> float:
-                return now if self.is_over else now + 5
-
-            is_over = False
-
         async def test() -> None:
-            model, policy = Model(fixed=100), Waits(0, BatchCost())
+            model, policy = Model(fixed=100), WaitsUntilTold(0, BatchCost())
             collecting = collector(model, policy=policy)
             gone = submit(collecting, "gone")
             await settle()
@@ -628,22 +630,56 @@ class TestWaiting:
             for came in (1, 2, 3):
                 now = second + 0.001 * came
                 policy.arrived(now, 1)
-                waits.append(policy.fire_at(now, came, 32 - came, second + 0.001) > now)
+                waits.append(policy.plan(now, came, 32 - came, second + 0.001)[0] > now)
         assert waits == [True, True, False]
 
-    def test_a_plan_for_rows_that_have_gone_is_no_reason_to_wait(self) -> None:
+    def test_of_an_idle_model_it_waits_no_longer_than_others_mostly_came(self) -> None:
         policy = LearnedReturns(32, BatchCost())
         for second in range(1, 50):
-            policy.cost.ran(2, 0.01)
-            policy.answered(second, 2)
-            for came in (second + 0.001, second + 0.004):
-                policy.arrived(came, 1)
-        policy.answered(50, 2)
-        policy.arrived(50.001, 1)
-        assert policy.fire_at(50.001, 1, 31, oldest=50.001) > 50.0039
-        # Another slot has taken that one; this one is the second.
-        policy.arrived(50.002, 1)
-        assert policy.fire_at(50.002, 1, 31, oldest=50.002) == 50.002
+            policy.cost.ran(32, 0.01)
+            policy.found_idle(second)
+            for came in range(32):
+                policy.arrived(second + 0.00001 * came, 1)
+            policy.answered(second + 0.02, 32)
+        waits = []
+        # Now there is one caller left, whose answer comes before the last of the horizons is over.
+        for second in range(50, 90):
+            policy.found_idle(second)
+            policy.arrived(second, 1)
+            now, fire_at = 0.0, float(second)
+            while fire_at > now:
+                now = fire_at
+                fire_at, _ = policy.plan(now, 1, 31, oldest=second)
+            waits.append(now - second)
+            policy.answered(now + 0.009, 1)
+        assert 0.0003 < waits[0] == max(waits) < 0.001
+        assert waits[-1] == 0
+
+    def test_the_plan_is_made_anew_when_there_are_enough_rows(self) -> None:
+        class WaitsForThree(FixedWindow):
+            def plan(self, now: float, rows: int, *_: float) -> tuple[float, float]:
+                return (now if rows >= 3 else now + 5), 3
+
+        async def test() -> None:
+            collecting = collector(Model(fixed=1), policy=WaitsForThree(0, BatchCost()))
+            await asyncio.gather(*[submit(collecting, row) for row in ("a", "b", "c")])
+            assert asyncio.get_running_loop().time() == 1
+
+        run(test())
+
+    def test_a_plan_for_rows_that_have_gone_is_no_reason_to_wait(self) -> None:
+        async def test() -> None:
+            policy = WaitsUntilTold(0, BatchCost())
+            collecting = collector(Model(fixed=1), policy=policy)
+            gone = submit(collecting, "gone")
+            await settle()
+            gone.cancel()
+            await settle()
+            policy.is_over = True
+            await submit(collecting, "a")
+            assert asyncio.get_running_loop().time() == 1
+
+        run(test())
 
     def test_it_does_not_wait_for_who_comes_by_chance(self) -> None:
         async def latencies(policy: WaitPolicy) -> list[float]:
