@@ -341,7 +341,8 @@ class Protocol(HttpToolsProtocol):
         # Java's HttpClient offers HTTP/2 with every request over plain HTTP. The parser would
         # stop after the header and lose the body (Kludex/uvicorn#2722); the offer may be ignored
         # (RFC 9110, section 7.8).
-        if not self.is_in_message and b"h2c" in data:
+        # The body may be large, and would take as long to look through as a small model.
+        if not self.is_in_message and data.find(b"h2c", 0, data.find(b"\r\n\r\n")) > 0:
             head, end, body = data.partition(b"\r\n\r\n")
             data = H2C_OFFER.sub(b"", head + end[:2]) + end[2:] + body
         super().data_received(data)
