@@ -6,6 +6,7 @@ What the service is made of is imported after the fork, in `app.serving`.
 import contextlib
 import ctypes
 import gc
+import logging
 import multiprocessing
 import signal
 import socket
@@ -37,6 +38,7 @@ class Worker(BaseWorker):
     def load_wsgi(self) -> None:
         # Until the models are loaded: app.serving.
         gc.disable()
+        logging.captureWarnings(True)
         from app.errors import StartupError
 
         try:

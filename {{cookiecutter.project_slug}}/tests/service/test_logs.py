@@ -241,3 +241,43 @@ def test_every_line_is_json_from_the_start_to_the_stop(start: Start, workers: in
     service.close()
     for line in service.log_lines():
         assert {"event", "level", "logger", "timestamp"} <= line.keys()
+
+
+class TestWarnings:
+    def service(
+        self, start: Start, folder: Path, load: str = "", predict: str = "", **settings: str
+    ) -> Service:
+        """Of a model that does these in its methods."""
+        source = "import warnings\n" + (FAKES / "double.py").read_text(encoding="utf-8")
+        for line, code in (("self.factor = ", load), ("return [Prediction", predict)):
+            source = source.replace(line, f"{code}\n        {line}")
+        (folder / "double.py").write_text(source)
+        return start(PREDICTORS_DIR=folder, **settings).wait_for("/ready")
+
+    def warned(self, service: Service, text: str) -> list[dict[str, object]]:
+        return [line for line in service.log_lines() if text in str(line["event"])]
+
+    def test_those_of_loading_are_lines_like_any_other(self, start: Start, tmp_path: Path) -> None:
+        service = self.service(start, tmp_path, load="warnings.warn('of another version')")
+        [line] = self.warned(service, "of another version")
+        assert (line["logger"], line["level"]) == ("py.warnings", "warning")
+
+    def test_those_of_requests_are_ignored(self, start: Start, tmp_path: Path) -> None:
+        warn = "warnings.warn(f'this is {batch[0].x}')"
+        service = self.service(start, tmp_path, predict=warn)
+        assert service.predict("double", x=1234).status_code == 200
+        assert self.warned(service, "this is 21")
+        assert not self.warned(service, "this is 1234")
+
+    def test_or_not_where_python_was_told(self, start: Start, tmp_path: Path) -> None:
+        warn = "warnings.warn(f'this is {batch[0].x}')"
+        service = self.service(start, tmp_path, predict=warn, PYTHONWARNINGS="always")
+        assert service.predict("double", x=1234).status_code == 200
+        service.wait_until(lambda: self.warned(service, "this is 1234"))
+
+    def test_those_that_were_made_errors_still_are(self, start: Start, tmp_path: Path) -> None:
+        make = "warnings.simplefilter('error', RuntimeWarning)"
+        warn = "if batch[0].x > 100: warnings.warn('overflow', RuntimeWarning)"
+        service = self.service(start, tmp_path, load=make, predict=warn)
+        assert service.predict("double", x=1).status_code == 200
+        assert service.predict("double", x=1234).status_code == 500
