@@ -394,8 +394,8 @@ class Collector(Generic[RowT, OutcomeT]):
     def _may_start_at_once(self, request: _Request[RowT, OutcomeT]) -> bool:
         now, rows = request.timings.queued, len(request.rows)
         room = self.limits.max_rows - rows
-        # A timer that is left from one who has gone would start another batch beside this one.
-        is_free = room >= 0 and not self._wake and now < request.deadline
+        # A start that is due for one who has gone would start another batch beside this one.
+        is_free = room >= 0 and not self._is_due and now < request.deadline
         return is_free and self._policy.plan(now, rows, room, now)[0] <= now
 
     def _schedule(self) -> None:
@@ -409,15 +409,15 @@ class Collector(Generic[RowT, OutcomeT]):
         now = self._clock()
         oldest = min([next(iter(queue)).timings.queued for queue in self._queues.values()])
         room = self.limits.max_rows - self.rows_waiting
-        fire_at, self._enough = self._policy.plan(now, self.rows_waiting, room, oldest)
+        fire_at, enough = self._policy.plan(now, self.rows_waiting, room, oldest)
+        self._enough = min(enough, self.limits.max_rows)
         # To wait for a model that is busy is not to wait for other rows.
         forming_since = max(oldest, self._free_since)
         # Of a deadline that is met already it takes no notice until that has passed. Then a batch
-        # or two were smaller than they could be.
-        in_time = self._accepted.earliest - 2 * self.cost(self.rows_waiting)
+        # or two were smaller than they could be. Until there are enough it is not asked again.
+        in_time = self._accepted.earliest - self.cost(self.rows_waiting) - self.cost(self._enough)
         fire_at = min(fire_at, forming_since + self.limits.max_wait, in_time)
         if room > 0 and fire_at > now:
-            self._enough = min(self._enough, self.limits.max_rows)
             if not self._wake or fire_at != self._wakes_at:
                 self._cancel_wake()
                 self._wakes_at = fire_at
@@ -634,6 +634,7 @@ class Collector(Generic[RowT, OutcomeT]):
         batch.was_too_large = True
         if most < self.limits.max_rows:
             self.limits.max_rows = most
+            self._enough = min(self._enough, most)
             self._metrics.max_rows.set(most)
             log.warning("the model ran out of memory; batches have at most %d rows now", most)
         batch.to_run += reversed(_in_chunks(parts, most))

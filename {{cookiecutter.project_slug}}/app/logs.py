@@ -151,7 +151,7 @@ class StormFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING and not record.exc_info:
             return True
-        kind = (record.pathname, record.lineno, *_kind_of_error(record))
+        kind = (*_place_of(record), *_kind_of_error(record))
         # Not the time of the record, which is that of a clock that may be set back.
         now = self._clock()
         since, count = self._seen.get(kind, (now, 0))
@@ -163,6 +163,13 @@ class StormFilter(logging.Filter):
             self._seen.clear()
         self._seen[kind] = since, count + 1
         return count < STORM_LINES
+
+
+def _place_of(record: logging.LogRecord) -> tuple[object, ...]:
+    if record.name == "py.warnings":
+        # All are logged at one place; their texts begin with their own.
+        return (record.getMessage().partition(": ")[0],)
+    return record.pathname, record.lineno
 
 
 def _kind_of_error(record: logging.LogRecord) -> tuple[object, ...]:

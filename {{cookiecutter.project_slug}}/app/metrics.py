@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter as TallyOf
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
-from functools import cache
+from functools import cache, cached_property
 from time import time
 from typing import Literal, get_args
 
@@ -302,10 +302,16 @@ class RouteMetrics:
     """The metrics of the requests to one route."""
 
     def __init__(self, method: str, handler: str) -> None:
+        self._labels = (method, handler)
         self._count = cache(lambda status: _requests.labels(method, handler, str(status)))
-        self._durations = _durations.labels(method, handler)
         for status in USUAL_STATUSES:
             self._count(status)
+
+    @cached_property
+    def _durations(self) -> ManyHistogram:
+        # With the first request: most routes of a service are never asked, and what is there costs
+        # time in every scrape.
+        return _durations.labels(*self._labels)
 
     def ended(self, statuses: Sequence[int], seconds: Sequence[float]) -> None:
         """So many requests were answered, each with a status and after some seconds."""

@@ -30,7 +30,10 @@ GC_THRESHOLDS = (10_000, 10, 10)
 Python's own is 700, which 32 requests at a time reach with each batch."""
 
 KEPT_BYTES = 64 * 1024 * 1024
-"""Memory that may stay free. As much as by default, once a block of half of it was freed."""
+"""Memory that may stay free at the end of a heap, of which threads have their own. As much as by
+default, once a block of half of it was freed."""
+
+MALLOC_SETTINGS = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
 RETRY_S = 5.0
 """How long a worker that cannot take another's place waits before gunicorn may try again."""
@@ -138,8 +141,8 @@ def keep_freed_memory() -> None:
     after others (docs/performance.md of the template).
     """
     libc = ctypes.CDLL(None)
-    # Not every C library has it.
-    if hasattr(libc, "mallopt"):
+    # Not every C library has it; and who has set it knows better.
+    if hasattr(libc, "mallopt") and MALLOC_SETTINGS.isdisjoint(os.environ):
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, KEPT_BYTES)
         libc.mallopt(mmap_threshold, KEPT_BYTES // 2)
@@ -148,17 +151,20 @@ def keep_freed_memory() -> None:
 def ignore_warnings() -> None:
     """Have Python's warnings ignored, but for those that were made errors.
 
-    scikit-learn sets all filters anew for each tree of a forest. With the ten or so that come with
+    scikit-learn sets all filters anew for each tree of a forest. With the eleven that come with
     Python, NumPy and SciPy that is two fifths of what a forest takes (docs/performance.md of the
     template). What there is to be warned of, loading and warming up have shown; who sets
     PYTHONWARNINGS gets what it says.
     """
     if sys.warnoptions:
         return
-    errors = [entry for entry in warnings.filters if entry[0] == "error"]
+    filters = cast(list[tuple[Any, ...]], warnings.filters)
+    last_error = max((at for at, entry in enumerate(filters) if entry[0] == "error"), default=-1)
+    # What comes before it says which of its warnings are none.
+    kept = filters[: last_error + 1]
     warnings.resetwarnings()
-    warnings.simplefilter("ignore")
-    cast(list[Any], warnings.filters)[:0] = errors
+    filters[:] = kept
+    warnings.simplefilter("ignore", append=True)
 
 
 def end(status: int) -> None:

@@ -51,7 +51,7 @@ class BatchCost:
         self._per_row = min(max(slope, 0.0), mean_seconds / mean_rows)
         self._fixed = mean_seconds - self._per_row * mean_rows
 
-    def __call__(self, rows: int) -> float:
+    def __call__(self, rows: float) -> float:
         return self._fixed + self._per_row * rows
 
 
@@ -70,10 +70,11 @@ class WaitPolicy(Protocol):
         """Rows are about to be queued, and nothing runs or waits."""
 
     def plan(self, now: float, rows: int, room: int, oldest: float) -> tuple[float, float]:
-        """When to run the `rows` that wait since `oldest`: at once unless that is after `now`.
+        """When to run the `rows` that wait since `oldest`, which is at once unless it is after
+        `now`; and how many rows, should they wait before, are enough to ask again.
 
-        And how many rows, if they wait before, are enough to ask again; so is that the time has
-        come. `room` is for how many more the batch has.
+        Asked again when that time has come, too, when a deadline became the earliest of all, and
+        when a slot is free again. `room` is for how many more the batch has.
         """
 
 
@@ -94,7 +95,7 @@ class FixedWindow:
         pass
 
     def plan(self, now: float, rows: int, room: int, oldest: float) -> tuple[float, float]:
-        return oldest + self._window, inf
+        return oldest + self._window, 2 * rows
 
 
 class LearnedReturns:
@@ -189,9 +190,10 @@ class LearnedReturns:
         spared = (batch_s + self.cost(0)) / 2
         passed, is_idle = now - self._since, self._kind == "idle"
         best = wait = most = expected = 0.0
-        gone = float(self._came)
+        gone, most_expected = float(self._came), inf if is_idle else self._size
         for horizon, share in zip(HORIZONS_S, self._shares[self._kind], strict=True):
-            expected += share * self._size
+            # Shares of moments that were long and of others that were short can make up more.
+            expected = min(expected + share * self._size, most_expected)
             left = horizon - passed
             if left <= 0 and is_idle:
                 # Who was answered is about and may be late. Of who comes to an idle model that is

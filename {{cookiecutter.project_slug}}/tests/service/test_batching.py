@@ -213,19 +213,15 @@ class TestBinding:
 
         run(test())
 
-    def test_nor_does_a_timer_that_was_set_for_another_start_a_batch_beside_it(self) -> None:
+    def test_nor_does_a_start_that_is_due_for_one_who_has_gone(self) -> None:
         async def test() -> None:
-            model, policy = Model(fixed=100), WaitsUntilTold(0, BatchCost())
-            collecting = collector(model, policy=policy)
-            gone = submit(collecting, "gone")
-            await settle()
-            gone.cancel()
-            await settle()
-            policy.is_over = True
-            requests = [submit(collecting, "a", is_alone=True)]
-            await settle()
-            requests.append(submit(collecting, "b"))
-            await asyncio.gather(*requests)
+            model = Model()
+            collecting = collector(model)
+            submitted = [collecting.outlet() for _ in range(3)]
+            collecting.enqueue(["gone"], FAR, submitted[0]).withdraw()
+            collecting.enqueue(["a"], FAR, submitted[1], is_alone=True)
+            collecting.enqueue(["b"], FAR, submitted[2])
+            await asyncio.gather(*submitted[1:])
             assert model.most_running == 1
 
         run(test())
@@ -520,6 +516,26 @@ class TestOverload:
 
         run(test())
 
+    def test_nor_do_rows_that_make_the_batch_longer_cost_a_deadline(self) -> None:
+        class WaitsForMany(FixedWindow):
+            def plan(self, now: float, *_: float) -> tuple[float, float]:
+                return now + 10, 30
+
+        async def test() -> None:
+            cost = BatchCost()
+            for rows in (1, 32):
+                cost.ran(rows, 5 + rows)
+            model, policy = Model(fixed=5, per_row=1), WaitsForMany(10, cost)
+            collecting = collector(model, max_rows=32, policy=policy)
+            requests = []
+            for _ in range(25):
+                requests.append(submit(collecting, "a", deadline=30.0))
+                await asyncio.sleep(0.4)
+            assert await requests[0] == ["a!"]
+            await asyncio.gather(*requests, return_exceptions=True)
+
+        run(test())
+
 
 def test_a_failure_leaves_nothing_for_the_garbage_collector() -> None:
     async def test() -> None:
@@ -656,14 +672,18 @@ class TestWaiting:
         assert waits[-1] == 0
 
     def test_the_plan_is_made_anew_when_there_are_enough_rows(self) -> None:
+        asked = []
+
         class WaitsForThree(FixedWindow):
             def plan(self, now: float, rows: int, *_: float) -> tuple[float, float]:
+                asked.append(rows)
                 return (now if rows >= 3 else now + 5), 3
 
         async def test() -> None:
             collecting = collector(Model(fixed=1), policy=WaitsForThree(0, BatchCost()))
             await asyncio.gather(*[submit(collecting, row) for row in ("a", "b", "c")])
             assert asyncio.get_running_loop().time() == 1
+            assert asked == [1, 3]
 
         run(test())
 

@@ -276,8 +276,22 @@ class TestWarnings:
         service.wait_until(lambda: self.warned(service, "this is 1234"))
 
     def test_those_that_were_made_errors_still_are(self, start: Start, tmp_path: Path) -> None:
-        make = "warnings.simplefilter('error', RuntimeWarning)"
-        warn = "if batch[0].x > 100: warnings.warn('overflow', RuntimeWarning)"
+        make = "warnings.simplefilter('error'); warnings.simplefilter('ignore', FutureWarning)"
+        warn = "warnings.warn('later', FutureWarning)\n"
+        warn += "        if batch[0].x > 100: warnings.warn('overflow', RuntimeWarning)"
         service = self.service(start, tmp_path, load=make, predict=warn)
         assert service.predict("double", x=1).status_code == 200
         assert service.predict("double", x=1234).status_code == 500
+
+    def test_each_place_has_its_own_ten(self) -> None:
+        storm = logs.StormFilter()
+        passed = [
+            storm.filter(
+                logging.makeLogRecord(
+                    {"name": "py.warnings", "levelno": 30, "msg": f"a.py:{line}: UserWarning: x"}
+                )
+            )
+            for line in range(12)
+            for _ in range(11)
+        ]
+        assert passed.count(True) == 12 * logs.STORM_LINES

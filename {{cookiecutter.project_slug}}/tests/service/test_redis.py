@@ -19,7 +19,7 @@ import redis
 
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
-from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore
+from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import PROJECT, WAIT_S, Service, Start, make_certificate, publish
 from tests.service.test_batches import sample
@@ -490,6 +490,28 @@ def test_a_connection_that_an_exchange_has_failed_on_is_dropped() -> None:
         store = store_with(connection)
         assert await looked_up(store, [b"a"], monotonic() + 60) == [None]
         assert connection.dropped == 1
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_answers_that_came_together_are_read_together(start_redis: StartRedis) -> None:
+    async def test() -> None:
+        store = RedisStore(start_redis().url, WAIT_S, StoreMetrics())
+        commands = [(b"SET", b"name%d" % number, b"value", b"NX") for number in range(100)]
+        assert await store._exchange(commands[:50], WAIT_S) == [b"OK"] * 50
+        assert await store._exchange(commands, WAIT_S) == [None] * 50 + [b"OK"] * 50
+        with pytest.raises(redis.ResponseError):
+            await store._exchange([*commands, (b"INCR", b"name1"), *commands], WAIT_S)
+        # The answers behind that one are not taken for those of the next exchange.
+        assert await store._exchange([(b"GET", b"name1")], WAIT_S) == [b"value"]
+        pool: Any = store._redis.connection_pool
+        connection = await pool.get_connection()
+        connection._parser._reader.feed(b"+OK\r\n$-1\r\n:1\r\n>1\r\n+told\r\n")
+        assert _at_hand(connection, 2) == [b"OK", None]
+        with pytest.raises(TypeError):
+            _at_hand(connection, 2)
+        assert _at_hand(connection, 1) == []
         await store.close()
 
     asyncio.run(test())
