@@ -687,6 +687,25 @@ class TestWaiting:
 
         run(test())
 
+    def test_when_fewer_rows_are_allowed_fewer_are_enough(self) -> None:
+        class WaitsForEight(FixedWindow):
+            def plan(self, now: float, rows: int, *_: float) -> tuple[float, float]:
+                return (now if rows >= 8 else now + 50), 8
+
+        async def test() -> None:
+            model, policy = Model(fixed=1), WaitsForEight(0, BatchCost())
+            model.memory = 4
+            collecting = collector(model, policy=policy, max_rows=8, slots=2)
+            too_many = [submit(collecting, row) for row in "abcdefgh"]
+            await asyncio.sleep(0.5)
+            waiting = [submit(collecting, row) for row in "xyz"]
+            await asyncio.sleep(1)
+            await submit(collecting, "last")
+            assert asyncio.get_running_loop().time() == 2.5
+            await asyncio.gather(*too_many, *waiting)
+
+        run(test())
+
     def test_a_plan_for_rows_that_have_gone_is_no_reason_to_wait(self) -> None:
         async def test() -> None:
             policy = WaitsUntilTold(0, BatchCost())
