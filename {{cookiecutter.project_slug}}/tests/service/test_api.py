@@ -115,6 +115,9 @@ class TestMetrics:
         route = 'handler="/v1/models/double/predict",method="POST"'
         assert "http_requests_total{" + route + ',status="200"} 3.0' in text
         assert "http_requests_total{" + route + ',status="422"} 1.0' in text
+        assert "http_request_duration_seconds_count{" + route + "} 4.0" in text
+        # Of a route that nobody has asked there is nothing to say.
+        assert 'http_request_duration_seconds_count{handler="/v1/predict"' not in text
         with pytest.raises(httpx.TransportError):
             service.client.post(
                 "/v1/predict",
