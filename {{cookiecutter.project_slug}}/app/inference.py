@@ -32,6 +32,15 @@ CacheUse = Literal["normal", "refresh", "none"]
 """What a caller allows the cache. `refresh`: the model is to be asked, and what it says may be
 kept."""
 
+OUTCOMES: Mapping[type[BaseException], metrics.Outcome] = {
+    asyncio.CancelledError: "cancelled",
+    DeadlineExceeded: "expired",
+    Overloaded: "rejected",
+    NotReady: "rejected",
+    OutOfMemory: "out_of_memory",
+}
+"""How a request that raises such has ended; with all others it `failed`."""
+
 
 @dataclass(slots=True)
 class Answer:
@@ -192,12 +201,5 @@ def _of_cache(
 
 
 def _count(model: ServedModel, error: BaseException) -> None:
-    outcomes: dict[type[BaseException], metrics.Outcome] = {
-        asyncio.CancelledError: "cancelled",
-        DeadlineExceeded: "expired",
-        Overloaded: "rejected",
-        NotReady: "rejected",
-        OutOfMemory: "out_of_memory",
-    }
     if model.metrics:
-        model.metrics.ended(outcomes.get(type(error), "failed"))
+        model.metrics.ended(OUTCOMES.get(type(error), "failed"))

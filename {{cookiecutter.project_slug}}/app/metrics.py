@@ -155,6 +155,7 @@ class ModelMetrics(_CountedLater):
         self._begun: list[float] = []
         self._ran: list[tuple[int, float]] = []
         self._ended: TallyOf[Outcome] = TallyOf()
+        self._rejected: TallyOf[RejectReason] = TallyOf()
         self._queue_wait = _queue_waits.labels(model, version)
         self._batch_rows = _batch_rows.labels(model, version)
         self._compute = _compute.labels(model, version)
@@ -187,7 +188,9 @@ class ModelMetrics(_CountedLater):
             self._count_later()
 
     def rejected(self, reason: RejectReason) -> None:
-        self._rejection(reason).inc()
+        self._rejected[reason] += 1
+        if not self._is_due:
+            self._count_later()
 
     def ended(self, outcome: Outcome) -> None:
         """A request to the model has ended so."""
@@ -199,12 +202,15 @@ class ModelMetrics(_CountedLater):
         begun, self._begun = self._begun, []
         ran, self._ran = self._ran, []
         ended, self._ended = self._ended, TallyOf()
+        rejected, self._rejected = self._rejected, TallyOf()
         self._queue_wait.observe_all(begun)
         for rows, seconds in ran:
             self._batch_rows.observe(rows)
             self._compute.observe(seconds)
         for outcome, count in ended.items():
             self._outcome(outcome).inc(count)
+        for reason, count in rejected.items():
+            self._rejection(reason).inc(count)
 
 
 class ValueMetrics:

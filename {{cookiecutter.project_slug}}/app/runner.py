@@ -3,8 +3,11 @@
 import asyncio
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +42,12 @@ one that takes longer has waited for something else."""
 MEMORY_RUNS = 50
 """Runs over which the time that they take is averaged."""
 
+
+NICER_THAN_LOOP = 5
+"""What is added to the niceness of a model's threads, see nice(2): of a core that the event loop
+wants, too, they get a quarter. With half of it, under three times as many requests as can be
+answered, those that are refused and the probes wait for seconds (docs/performance.md of the
+template)."""
 
 MAX_TIMES_BACK = 3
 """How often a model may be sent from the event loop to its thread before it stays there."""
@@ -75,8 +84,8 @@ class Instance:
 
     def __init__(self, name: str) -> None:
         self.running = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._prepare_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-prep")
+        self._thread = _thread(name)
+        self._prepare_thread = _thread(f"{name}-prep")
         self._predictor: Predictor | None = None
 
     @property
@@ -103,6 +112,19 @@ class Instance:
     def close(self) -> None:
         for thread in (self._prepare_thread, self._thread):
             thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_give_way)
+
+
+def _give_way() -> None:
+    """Let the event loop go first. The threads that this one starts do so, too."""
+    # Elsewhere than on Linux it would be all of the process that gives way.
+    if sys.platform == "linux":
+        # A sandbox may forbid it.
+        with suppress(OSError):
+            os.nice(NICER_THAN_LOOP)
 
 
 class Runner:

@@ -1,6 +1,7 @@
 """Every error answer as `application/problem+json`."""
 
 import asyncio
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from app.api.reply import Reply
+from app.api.reply import RawHeaders, Reply
 from app.errors import (
     PROBLEM_MEDIA_TYPE,
     BodyTooLarge,
@@ -20,6 +21,8 @@ from app.errors import (
     invalid_fields,
     problem,
 )
+
+MEDIA_TYPE = PROBLEM_MEDIA_TYPE.encode()
 
 LINGER_S = 2.0
 LINGER_BYTES = 16 * 1024 * 1024
@@ -53,11 +56,23 @@ class LingeringResponse(Response):
 
 
 def problem_reply(error: ServiceError, request_id: str) -> Reply:
-    content = to_json(problem(error, request_id), exclude_none=True)
-    headers = tuple(
-        (name.lower().encode(), value.encode()) for name, value in error.headers.items()
-    )
-    return Reply(error.status.value, PROBLEM_MEDIA_TYPE.encode(), content, headers)
+    if error.errors:
+        content = to_json(problem(error, request_id), exclude_none=True)
+    else:
+        # What is sane as a request id needs no escapes.
+        content = b'%b%b"}' % (_up_to_request_id(type(error), error.detail), request_id.encode())
+    return Reply(int(error.status), MEDIA_TYPE, content, _raw(tuple(error.headers.items())))
+
+
+@lru_cache(maxsize=256)
+def _up_to_request_id(kind: type[ServiceError], detail: str) -> bytes:
+    """Of the JSON of a problem without fields, of which most are alike."""
+    return to_json(problem(kind(detail), ""), exclude_none=True).removesuffix(b'"}')
+
+
+@lru_cache(maxsize=256)
+def _raw(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
+    return tuple([(name.lower().encode(), value.encode()) for name, value in headers])
 
 
 def problem_response(error: ServiceError, request_id: str) -> Response:

@@ -1,6 +1,8 @@
 """Where a model runs: on its threads, or on the event loop as long as that is quick."""
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from app.predictor import (
     Device,
     PipelinedPredictor,
 )
-from app.runner import INLINE_BELOW_S, MEMORY_RUNS, Pace, Runner
+from app.runner import INLINE_BELOW_S, MEMORY_RUNS, NICER_THAN_LOOP, Pace, Runner
 
 QUICK_S = INLINE_BELOW_S / 10
 
@@ -138,6 +140,19 @@ class TestWhere:
             runner.predictor.do = lambda: sleep(2 * INLINE_BELOW_S)  # type: ignore[attr-defined]
             for _ in range(2 * MEMORY_RUNS):
                 assert threads(await runner.run([Features()])) == {threading.get_ident()}
+            runner.close()
+
+        run(test)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness there")
+    def test_its_thread_lets_the_event_loop_go_first(self) -> None:
+        async def test() -> None:
+            runner = await loaded(Here)
+            niceness = []
+            runner.predictor.do = lambda: niceness.append(os.getpriority(os.PRIO_PROCESS, 0))  # type: ignore[attr-defined]
+            await runner.run([Features()])
+            here = os.getpriority(os.PRIO_PROCESS, 0)
+            assert niceness == [min(here + NICER_THAN_LOOP, 19)]
             runner.close()
 
         run(test)
