@@ -105,6 +105,7 @@ FILES = [
     "app/shared_run.py",
     "app/tensor.py",
     "app/tensor_parser.py",
+    "app/traceparent.py",
     "app/tracing.py",
     "app/train.py",
     "app/waiting.py",

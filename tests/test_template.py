@@ -42,6 +42,7 @@ LAYERS = [
         "metrics",
         "access_log",
         "logs",
+        "traceparent",
         "tracing",
         "errors",
         "settings",

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -21,7 +22,9 @@ from app.lifecycle import Lifecycle
 from app.logs import current_ids
 from app.repository import ModelRepository
 from app.settings import Settings, load_settings
-from app.tracing import current_trace_id, tracing_for
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 
 def create_app(settings: Settings | None = None) -> RequestContext:
@@ -34,8 +37,7 @@ def create_app(settings: Settings | None = None) -> RequestContext:
         StartupError: the settings or a predictor file are wrong.
     """
     settings = settings or load_settings()
-    tracing = tracing_for(settings)
-    current_ids["trace_id"] = current_trace_id
+    tracing = _tracing(settings)
     repository = ModelRepository(settings, tracing)
     lifecycle = Lifecycle(repository, settings)
 
@@ -77,3 +79,14 @@ def create_app(settings: Settings | None = None) -> RequestContext:
     instrument(app, probes)
     observers = Observers(AccessLog(settings), tracing, frozenset((*probes, METRICS)))
     return RequestContext(app, routes.by_path, lifecycle, observers)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    """None: no traces are wanted."""
+    endpoint = settings.otel_exporter_otlp_endpoint
+    if not endpoint:
+        return None
+    from app.tracing import Tracing, current_trace_id  # noqa: PLC0415
+
+    current_ids["trace_id"] = current_trace_id
+    return Tracing(endpoint, settings.service_title)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from fastapi import Body, Depends, Header
 from pydantic import BaseModel, ValidationError
@@ -37,7 +37,9 @@ from app.predictor import BaseFeatures
 from app.protocol import Exchange
 from app.repository import ServedModel
 from app.settings import Settings
-from app.tracing import RequestSpan
+
+if TYPE_CHECKING:
+    from app.tracing import RequestSpan
 
 CLIENT_LEFT = 499
 """nginx's status for a client that left; it is seen in logs and metrics alone."""
@@ -94,7 +96,7 @@ class Call:
     body: bytes | None = field(default=None, init=False)
     """If it is JSON for one row and not traced: the cache may have the answer by it."""
 
-    span: RequestSpan | None = field(default=None, init=False)
+    span: "RequestSpan | None" = field(default=None, init=False)
     """If it is traced."""
 
     parsed: tuple[float, float] | None = field(default=None, init=False)

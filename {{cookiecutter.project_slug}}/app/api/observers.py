@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
 from functools import cached_property
 from time import monotonic, perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
 
@@ -14,7 +14,10 @@ from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
 from app.batching import BatchTimings
 from app.inference import CacheStatus
-from app.tracing import Tracing, trace_id_of
+from app.traceparent import trace_id_of
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class Observers:
     """
 
     def __init__(
-        self, access_log: AccessLog, tracing: Tracing | None, quiet: Collection[str]
+        self, access_log: AccessLog, tracing: "Tracing | None", quiet: Collection[str]
     ) -> None:
         self._access_log = access_log
         self._writes_json = access_log.writes_json and access_log.takes(logging.INFO)

@@ -60,7 +60,8 @@ def problem_reply(error: ServiceError, request_id: str) -> Reply:
         content = to_json(problem(error, request_id), exclude_none=True)
     else:
         # What is sane as a request id needs no escapes.
-        content = b'%b%b"}' % (_up_to_request_id(type(error), error.detail), request_id.encode())
+        begin = _up_to_request_id(type(error), error.detail)  # type: ignore[arg-type]  # a class
+        content = b'%b%b"}' % (begin, request_id.encode())
     return Reply(int(error.status), MEDIA_TYPE, content, _raw(tuple(error.headers.items())))
 
 

@@ -11,7 +11,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
 from app.api.observers import Observers, _fields
+from app.api.problems import problem_reply, problem_response
 from app.batching import BatchTimings, Timings
+from app.errors import FieldError, Overloaded, ServiceError, Unauthorized, invalid_fields
 from app.metrics import ManyHistogram, ModelMetrics, RouteMetrics
 from app.settings import Settings
 
@@ -131,3 +133,22 @@ def test_counters_of_what_may_go_wrong_begin_at_zero() -> None:
     assert REGISTRY.get_sample_value("inference_requests_total", failed) == 0
     refused = model | {"reason": "queue_full"}
     assert REGISTRY.get_sample_value("inference_rejected_total", refused) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Overloaded('100% "full"', retry_after=2.5),
+        Overloaded("100% full"),
+        Unauthorized("100% full"),
+        invalid_fields([FieldError(field="x", message="Input should be 1")]),
+    ],
+    ids=repr,
+)
+def test_a_problem_that_is_sent_past_asgi(error: ServiceError) -> None:
+    for request_id in ("mine:1", "yours"):
+        reply, response = problem_reply(error, request_id), problem_response(error, request_id)
+        assert (reply.status, reply.content) == (response.status_code, response.body)
+        others = {(b"content-type", reply.media_type), *reply.headers}
+        assert {*response.raw_headers} - others == {(b"content-length", b"%d" % len(reply.content))}
+        assert others < {*response.raw_headers}
