@@ -103,6 +103,7 @@ FILES = [
     "app/serving.py",
     "app/settings.py",
     "app/shared_run.py",
+    "app/structured.py",
     "app/tensor.py",
     "app/tensor_parser.py",
     "app/traceparent.py",

@@ -42,6 +42,7 @@ LAYERS = [
         "metrics",
         "access_log",
         "logs",
+        "structured",
         "traceparent",
         "tracing",
         "errors",

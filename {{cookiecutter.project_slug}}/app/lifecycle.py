@@ -2,12 +2,11 @@
 
 import asyncio
 import logging
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from app.batching import outcomes_of
 from app.errors import ServiceError, StartupError
@@ -45,11 +44,13 @@ class ReadinessTest:
 
 
 class LoadCount(Protocol):
-    """How often workers have loaded their models: a number in memory that they share."""
+    """How many workers have loaded their models, which all of them see."""
 
-    value: int
+    @property
+    def value(self) -> int: ...
 
-    def get_lock(self) -> AbstractContextManager[Any]: ...
+    def add(self, number: int) -> None:
+        """The worker with this number has."""
 
 
 class Lifecycle:
@@ -61,6 +62,7 @@ class Lifecycle:
         self.is_replacement = False
         """Whether the service was up before this worker began."""
 
+        self._number = 0
         self._workers = 1
         self._load_count: LoadCount | None = None
         self._settings = settings
@@ -69,13 +71,13 @@ class Lifecycle:
         for model in repository.models.values():
             model.on_lost = self._lose
 
-    def join(self, workers: int, load_count: LoadCount) -> None:
-        """Be one of several workers, all of which answer on one socket.
+    def join(self, number: int, workers: int, load_count: LoadCount) -> None:
+        """Be the worker `number` of several, all of which answer on one socket.
 
         No worker says that the service is up before all have loaded, as a request may come to
         any of them; and one that replaces another loads before it answers anything.
         """
-        self._workers = workers
+        self._number, self._workers = number, workers
         self._load_count = load_count
         self.is_replacement = load_count.value >= workers
 
@@ -100,8 +102,7 @@ class Lifecycle:
             self._fail(f"Loading failed: {error!r}")
         else:
             if self._load_count:
-                with self._load_count.get_lock():
-                    self._load_count.value += 1
+                self._load_count.add(self._number)
             if self.phase is Phase.LOADING:
                 self.phase = Phase.READY
 

@@ -1,15 +1,14 @@
 """One form for every log line, gunicorn's and uvicorn's included: JSON, or for a terminal."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from datetime import UTC, datetime
+from functools import cached_property
 from time import monotonic
 from typing import Any, Protocol
-
-import structlog
-from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import EventDict, Processor, WrappedLogger
 
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
 
@@ -23,6 +22,9 @@ process imports this file, and needs no tracing."""
 LINE_BYTES = 4096
 """The longest line of JSON, its end included. Linux takes so much in one piece (PIPE_BUF, pipe(7)),
 so that what several processes write does not get mixed up, however slowly it is read."""
+
+PLAIN_FIELDS = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime"}
+"""Of a record that was logged without `extra`."""
 
 STORM_LINES = 10
 STORM_S = 10.0
@@ -45,23 +47,6 @@ def logging_config(settings: LogSettings) -> dict[str, Any]:
     Modules log through the standard library and pass fields as `extra`. The id of the request
     on whose behalf a line is written is in the line.
     """
-    as_json = writes_json(settings)
-    fields: list[Processor] = [
-        _add_ids,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.ExtraAdder(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    # Local variables hold what callers sent, keys included: tracebacks are shown without them.
-    rendering: list[Processor] = (
-        [
-            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            _json_line,
-        ]
-        if as_json
-        else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-    )
     level = settings.log_level.upper()
     server = {"level": level, "handlers": ["stderr"], "propagate": False}
     # gunicorn tells of a worker's start and stop already.
@@ -69,16 +54,7 @@ def logging_config(settings: LogSettings) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {
-            "structured": {
-                "()": structlog.stdlib.ProcessorFormatter,
-                "foreign_pre_chain": fields,
-                "processors": [
-                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                    *rendering,
-                ],
-            }
-        },
+        "formatters": {"structured": {"()": Lines, "as_json": writes_json(settings)}},
         "filters": {"storm": {"()": StormFilter}},
         "handlers": {
             "stderr": {
@@ -93,47 +69,46 @@ def logging_config(settings: LogSettings) -> dict[str, Any]:
     }
 
 
-def _json_line(logger: WrappedLogger, name: str, event: EventDict) -> str:
-    """What is too long loses the outer frames of its tracebacks, and the ends of its texts."""
-    line = str(_to_json(logger, name, event))
-    for most in (20, 5, 1):
-        if len(line) < LINE_BYTES:
-            return line
-        line = str(_to_json(logger, name, _shortened(event, most) | {"is_shortened": True}))
-    if len(line) >= LINE_BYTES:
-        kept = {key: event[key] for key in ("level", "logger", "timestamp") if key in event}
-        kept |= {"event": str(event.get("event"))[:200], "is_shortened": True}
-        line = str(_to_json(logger, name, kept))
-    return line
-
-
-_to_json = structlog.processors.JSONRenderer()
-
-
-def _shortened(value: Any, most: int) -> Any:
-    """With at most so many frames in a traceback, other items and hundreds of characters."""
-    if isinstance(value, dict):
-        return {
-            key: _shortened(item[-most:] if key == "frames" else item, most)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_shortened(item, most) for item in value[:most]]
-    if isinstance(value, int | float | None):
-        return value
-    return str(value)[: 100 * most]
-
-
 def writes_json(settings: LogSettings) -> bool:
     is_auto = settings.log_format == "auto"
     return settings.log_format == "json" or (is_auto and not sys.stderr.isatty())
 
 
-def _add_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    for name, current_id in current_ids.items():
-        if value := current_id():
-            event.setdefault(name, value)
-    return event
+class Lines(logging.Formatter):
+    """Has structlog write the lines, unless there is nothing to them.
+
+    Those of gunicorn's own process have no fields, and without structlog that is a tenth smaller
+    (docs/performance.md of the template).
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    @cached_property
+    def _structlog(self) -> logging.Formatter:
+        from app.structured import formatter
+
+        return formatter(ids=current_ids, json_bytes=LINE_BYTES if self._as_json else None)
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self._as_json and _is_plain(record):
+            line = json.dumps(
+                {
+                    "event": record.getMessage(),
+                    "level": record.levelname.lower(),
+                    "logger": record.name,
+                    "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+                }
+            )
+            if len(line) < LINE_BYTES:
+                return line
+        return self._structlog.format(record)
+
+
+def _is_plain(record: logging.LogRecord) -> bool:
+    is_nobodys = not any(current_id() for current_id in current_ids.values())
+    return is_nobodys and not record.exc_info and record.__dict__.keys() <= PLAIN_FIELDS
 
 
 class StormFilter(logging.Filter):

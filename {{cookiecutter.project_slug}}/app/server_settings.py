@@ -4,10 +4,11 @@ That process only watches over the workers. With pydantic it would hold half as 
 long as the service runs (docs/performance.md of the template).
 """
 
-import multiprocessing
+import json
+import os
 import sys
-from multiprocessing.connection import Connection
-from typing import NamedTuple
+import traceback
+from typing import NamedTuple, NoReturn
 
 
 class ServerSettings(NamedTuple):
@@ -27,38 +28,44 @@ def read_server_settings() -> ServerSettings:
     Raises:
         SystemExit: some are invalid; the other process has said which.
     """
-    # A fork, as a new Python would import what is here already once more.
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    reader = context.Process(target=_send_server_settings, args=(sender,))
-    reader.start()
-    sender.close()
-    with receiver:
-        try:
-            needed = receiver.recv()
-        except EOFError:
-            needed = None
-    reader.join()
-    if needed is None:
-        killed_by = -(reader.exitcode or 0)
-        sys.exit(f"Reading the settings was ended by signal {killed_by}." if killed_by > 0 else 1)
-    return ServerSettings(*needed)
+    receiver, sender = os.pipe()
+    # A new Python would import what is here already once more.
+    reader = os.fork()
+    if not reader:
+        _send_server_settings(sender)
+    os.close(sender)
+    with os.fdopen(receiver, "rb") as pipe:
+        sent = pipe.read()
+    try:
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
+    except ChildProcessError:
+        # When settings are read again, gunicorn may have seen the end of it first.
+        exit_code = 0
+    if not sent:
+        sys.exit(f"Reading the settings was ended by signal {-exit_code}." if exit_code < 0 else 1)
+    return ServerSettings(*json.loads(sent))
 
 
-def _send_server_settings(sender: Connection) -> None:
+def _send_server_settings(sender: int) -> NoReturn:
     from app.errors import StartupError
     from app.settings import load_settings
 
     try:
         settings = load_settings()
+        needed = (
+            settings.bind_address,
+            settings.listening_port,
+            settings.web_concurrency,
+            settings.shutdown_grace_s,
+            settings.log_level,
+            settings.log_format,
+        )
+        os.write(sender, json.dumps(needed).encode())
     except StartupError as error:
-        sys.exit(str(error))
-    needed = ServerSettings(
-        settings.bind_address,
-        settings.listening_port,
-        settings.web_concurrency,
-        settings.shutdown_grace_s,
-        settings.log_level,
-        settings.log_format,
-    )
-    sender.send(tuple(needed))
+        sys.stderr.write(f"{error}\n")
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        # By any other way it would go on as gunicorn.
+        os._exit(0)

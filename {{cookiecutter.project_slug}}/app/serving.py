@@ -73,7 +73,7 @@ def serve(worker: Worker, config: Config) -> None:
 
 async def _serve(worker: Worker, config: Config) -> None:
     lifecycle: Lifecycle = worker.wsgi.lifecycle
-    lifecycle.join(worker.cfg.workers, worker.load_count)
+    lifecycle.join(worker.age, worker.cfg.workers, worker.load_count)
     server = DrainingServer(config, lifecycle)
     # gunicorn's word for a quick stop. The other ends a worker in whatever it does.
     loop = asyncio.get_running_loop()

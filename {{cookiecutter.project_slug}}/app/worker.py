@@ -4,10 +4,9 @@ What the service is made of is imported after the fork, in `app.serving`.
 """
 
 import contextlib
-import ctypes
 import gc
 import logging
-import multiprocessing
+import mmap
 import signal
 import socket
 import struct
@@ -18,9 +17,24 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker as BaseWorker
 
 
+class LoadCount:
+    """How many workers have loaded their models. All see it, as it is made before the fork."""
+
+    def __init__(self) -> None:
+        # A byte for each worker, so that none has to wait for another to write it.
+        self._has_loaded = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def add(self, number: int) -> None:
+        """The worker with this number has. Of thousands that were replaced some count as one."""
+        self._has_loaded[number % mmap.PAGESIZE] = 1
+
+    @property
+    def value(self) -> int:
+        return self._has_loaded[:].count(1)
+
+
 class Worker(BaseWorker):
-    load_count: ClassVar = multiprocessing.Value("i", 0)
-    """How often workers have loaded their models. Shared, as it is made before the fork."""
+    load_count: ClassVar = LoadCount()
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -67,6 +81,9 @@ def refuse_new_connections(listener: socket.socket) -> None:
     """
     if sys.platform != "linux":
         return
+    # Here, to keep gunicorn's process small until it ends.
+    import ctypes
+
     # Classic BPF over the TCP header: pass what has the flag ACK, in the 14th byte.
     instructions = [
         (0x30, 0, 0, 13),  # A = byte 13

@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +148,39 @@ def render(**event: object) -> str:
     made = logging.makeLogRecord({"name": "app", "levelname": "ERROR", "levelno": 40} | event)
     line: str = make(**formatter).format(made)
     return line
+
+
+class TestPlainLines:
+    def test_they_are_as_structlog_would_write_them(self) -> None:
+        [plain, structured] = [
+            render(msg="a \u2603 of %d%%", args=(5,), **extra) for extra in ({}, {"x": 1})
+        ]
+        of_structlog = json.loads(structured)
+        assert of_structlog.pop("x") == 1
+        found = json.loads(plain)
+        assert list(found) == list(of_structlog)
+        for timestamp in (found.pop("timestamp"), of_structlog.pop("timestamp")):
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", timestamp)
+        assert found == of_structlog
+
+    def test_those_of_a_request_have_its_id(self) -> None:
+        token = logs.current_request_id.set("mine")
+        shown = json.loads(render(msg="one"))
+        logs.current_request_id.reset(token)
+        assert shown["request_id"] == "mine"
+
+    def test_gunicorns_own_process_needs_none_of_the_large_packages(self) -> None:
+        large = {"asyncio", "fastapi", "multiprocessing", "pydantic", "structlog", "uvicorn"}
+        code = (
+            "import logging, sys, gunicorn.app.wsgiapp, app.worker, app.logs, app.server_settings;"
+            "lines = app.logs.Lines(as_json=True);"
+            "lines.format(logging.makeLogRecord({'name': 'gunicorn.error', 'msg': 'Booting'}));"
+            f"print({large} & sys.modules.keys())"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+        )
+        assert ran.stdout == "set()\n"
 
 
 def fail(depth: int) -> None:
