@@ -108,6 +108,7 @@ FILES = [
     "app/tensor_parser.py",
     "app/traceparent.py",
     "app/tracing.py",
+    "app/tickets.py",
     "app/train.py",
     "app/waiting.py",
     "app/worker.py",

@@ -36,6 +36,7 @@ LAYERS = [
         "reference",
         "artifacts",
         "onnx",
+        "tickets",
         "waiting",
         "protocol",
         "jobs",

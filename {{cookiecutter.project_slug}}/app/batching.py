@@ -18,7 +18,7 @@ from itertools import chain
 from math import inf
 from operator import itemgetter
 from time import monotonic
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from app.deadlines import Deadlines
 from app.errors import (
@@ -29,13 +29,13 @@ from app.errors import (
     PredictionFailed,
 )
 from app.metrics import ModelMetrics
+from app.tickets import BatchTimings, BatchTracer, Outlet, TimedTicket, Timings
 from app.waiting import MEMORY, WaitPolicy
 
 log = logging.getLogger(__name__)
 
 RowT = TypeVar("RowT")
 OutcomeT = TypeVar("OutcomeT")
-OutcomeT_contra = TypeVar("OutcomeT_contra", contravariant=True)
 
 Group = tuple[int, Hashable]
 """Priority, the smaller one first, and shape key: only equal keys share a batch."""
@@ -85,66 +85,6 @@ class Limits:
         if not self.allowed_sizes:
             return rows // 2
         return max((size for size in self.allowed_sizes if size < self.padded(rows)), default=0)
-
-
-class Outlet(Protocol[OutcomeT_contra]):
-    """Where what came out goes: an `asyncio.Future`, or something that acts like one.
-
-    It gets either the outcomes, in order, or DeadlineExceeded, PredictionFailed or NotReady, or
-    is cancelled; it is left alone when it is done.
-    """
-
-    def done(self) -> bool: ...
-
-    def set_result(self, outcomes: Sequence[OutcomeT_contra], /) -> object: ...
-
-    def set_exception(self, error: Exception, /) -> object: ...
-
-    def cancel(self) -> object: ...
-
-
-class BatchTrace(Protocol):
-    """Follows a batch."""
-
-    context: Context
-    """Where the model is to be asked."""
-
-    def end(self, rows: int, /, *, has_failed: bool) -> object: ...
-
-
-class BatchTracer(Protocol):
-    """Follows requests into batches."""
-
-    def request(self) -> object:
-        """Whatever is to be known of the request on whose behalf this is called."""
-
-    def batch(self, requests: Sequence[Any], /) -> BatchTrace | None:
-        """Of `requests`, as known, begins a batch."""
-
-
-@dataclass(slots=True)
-class BatchTimings:
-    """Of a batch: shared by all whose rows are in it."""
-
-    started: float
-    rows: int
-    seconds: float | None = None
-    """What running it took, again where it had failed; None until it ran."""
-
-    has_failed: bool = False
-    trace: BatchTrace | None = None
-
-
-@dataclass(slots=True)
-class Timings:
-    """How the rows of a request fared, for those who look on."""
-
-    queued: float
-    request: object = None
-    """See `BatchTracer`."""
-
-    batch: BatchTimings | None = None
-    """The first with some of them, once it has begun."""
 
 
 @dataclass(eq=False)
@@ -199,41 +139,6 @@ class _Batch(Generic[RowT, OutcomeT]):
 
     reruns: int = 0
     was_too_large: bool = False
-
-
-class Ticket(Protocol[OutcomeT]):
-    """Of rows that were taken."""
-
-    outlet: Outlet[OutcomeT]
-    """May be replaced by another while it is not done."""
-
-    def withdraw(self) -> None:
-        """To be called by who does not wait any more, whether it has its answer or gives up."""
-
-    def prolong(self, deadline: float) -> None:
-        """Go on until `deadline`, if that is later than so far."""
-
-
-class TimedTicket(Ticket[OutcomeT], Protocol[OutcomeT]):
-    """Of rows that a model is asked for."""
-
-    @property
-    def timings(self) -> Timings:
-        """Filled while the rows are scored."""
-
-
-async def outcomes_of(
-    enqueue: Callable[[Outlet[OutcomeT]], Ticket[OutcomeT]],
-) -> Sequence[OutcomeT]:
-    """What comes out for what `enqueue` has scored. Who is cancelled gives up its place."""
-    answer: asyncio.Future[Sequence[OutcomeT]] = asyncio.get_running_loop().create_future()
-    ticket = enqueue(answer)
-    try:
-        return await answer
-    finally:
-        ticket.withdraw()
-        # An error knows this frame by its traceback; the frame must not know the error.
-        del ticket, answer
 
 
 class Collector(Generic[RowT, OutcomeT]):

@@ -17,7 +17,6 @@ from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
 
-from app.batching import Ticket, outcomes_of
 from app.canonical import Canonical
 from app.flights import Flights, Key, Run
 from app.known_bodies import MAX_BODY_BYTES, KnownBodies
@@ -26,6 +25,7 @@ from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction
 from app.runner import Outcome
 from app.shared_run import Others, SharedRun, Submit
+from app.tickets import Ticket, outcomes_of
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""

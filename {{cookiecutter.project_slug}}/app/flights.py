@@ -11,10 +11,10 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from app.batching import Ticket
 from app.deadlines import Deadlines
 from app.errors import DeadlineExceeded
 from app.runner import Outcome
+from app.tickets import Ticket
 
 Key = bytes
 """Of a row; equal rows have the same."""

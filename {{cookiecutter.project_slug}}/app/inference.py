@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal, Protocol
 
 from app import metrics
-from app.batching import Outlet, Ticket, Timings
 from app.cache import ResponseCache
 from app.drift import ValueCounts
 from app.errors import (
@@ -22,6 +21,7 @@ from app.errors import (
 from app.predictor import BaseFeatures, ItemError
 from app.repository import ServedModel
 from app.runner import Outcome
+from app.tickets import Outlet, Ticket, Timings
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from functools import partial
 from time import monotonic
 from typing import Protocol
 
-from app.batching import outcomes_of
 from app.errors import ServiceError, StartupError
 from app.predictor import ItemError
 from app.repository import ModelRepository, ServedModel
 from app.settings import Settings
+from app.tickets import outcomes_of
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from app import artifacts
 from app.artifacts import Artifact
-from app.batching import BatchTracer, Collector, Limits, Outlet, TimedTicket, Timings
+from app.batching import Collector, Limits
 from app.cache import ResponseCache, Stores, Times
 from app.discovery import PredictorClass, discover
 from app.drift import ValueCounts
@@ -35,6 +35,7 @@ from app.predictor import BaseFeatures, BasePredictor, ItemError, Provider
 from app.reference import REFERENCE, Reference
 from app.runner import INLINE_BELOW_S, Outcome, Runner, run
 from app.settings import Settings
+from app.tickets import BatchTracer, Outlet, TimedTicket, Timings
 from app.waiting import BatchCost, FixedWindow, LearnedReturns
 
 if TYPE_CHECKING:

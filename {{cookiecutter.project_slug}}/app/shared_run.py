@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import NamedTuple
 
-from app.batching import Outlet, Ticket
 from app.errors import PredictionFailed, ServiceError
 from app.flights import Key
 from app.predictor import BaseFeatures
 from app.runner import Outcome
+from app.tickets import Outlet, Ticket
 
 FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 0.1
@@ -45,7 +45,7 @@ class Others(NamedTuple):
 
 
 class SharedRun:
-    """The ticket of rows of which other processes may run some; see `app.batching.Ticket`."""
+    """The ticket of rows of which other processes may run some; see `app.tickets.Ticket`."""
 
     def __init__(
         self, rows: Rows, submit: Submit, outlet: Outlet[Outcome], deadline: float, others: Others

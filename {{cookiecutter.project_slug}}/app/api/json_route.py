@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope
 from app import inference
 from app.api.keys import ApiKeys
 from app.api.reply import RawHeaders
-from app.batching import Timings
 from app.deadlines import Deadlines
 from app.errors import (
     BodyTimeout,
@@ -37,6 +36,7 @@ from app.predictor import BaseFeatures
 from app.protocol import Exchange
 from app.repository import ServedModel
 from app.settings import Settings
+from app.tickets import Timings
 
 if TYPE_CHECKING:
     from app.tracing import RequestSpan

@@ -12,8 +12,8 @@ from pydantic_core import to_json
 
 from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
-from app.batching import BatchTimings
 from app.inference import CacheStatus
+from app.tickets import BatchTimings
 from app.traceparent import trace_id_of
 
 if TYPE_CHECKING:

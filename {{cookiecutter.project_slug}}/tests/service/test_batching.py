@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from app.batching import MAX_RERUNS, Collector, Limits, outcomes_of
+from app.batching import MAX_RERUNS, Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
+from app.tickets import outcomes_of
 from app.waiting import BatchCost, FixedWindow, LearnedReturns, WaitPolicy
 
 FAR = 1e6

@@ -15,7 +15,6 @@ from pydantic import BaseModel, field_serializer, field_validator
 from app import inference
 from app.api.json_route import Call, Endpoint, JsonRoute
 from app.api.keys import ApiKeys
-from app.batching import Outlet, Ticket
 from app.cache import HEAD, Answered, ResponseCache, Stores, Times
 from app.errors import (
     DeadlineExceeded,
@@ -28,6 +27,7 @@ from app.known_bodies import MAX_BODY_BYTES
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.predictor import BaseFeatures, BasePrediction, ItemError
+from app.tickets import Outlet, Ticket
 from tests.service.server import FAKES, Service, Start, publish
 from tests.service.test_batches import sample
 

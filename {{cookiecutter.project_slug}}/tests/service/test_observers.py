@@ -12,10 +12,10 @@ from app.access_log import AccessLog
 from app.api.json_route import Call, JsonRoute
 from app.api.observers import Observers, _fields
 from app.api.problems import problem_reply, problem_response
-from app.batching import BatchTimings, Timings
 from app.errors import FieldError, Overloaded, ServiceError, Unauthorized, invalid_fields
 from app.metrics import ManyHistogram, ModelMetrics, RouteMetrics
 from app.settings import Settings
+from app.tickets import BatchTimings, Timings
 
 TRACEPARENT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
