@@ -50,9 +50,9 @@ BURST = 1.5
 of callers that were answered together. With less, arrivals at random would put a batch off."""
 
 CAUTION = 1.25
-"""A request has to have so many times as long as it is expected to take. Under overload all who
-are taken wait for as long as they can; of those who had just enough time one in five came too late
-(docs/performance.md of the template)."""
+"""A request has to have time for so many times the wait that is expected, which is a mean. Under
+overload all who are taken wait for as long as they can; of those who had just enough time one in
+five came too late (docs/performance.md of the template)."""
 
 
 class State(StrEnum):
@@ -218,7 +218,7 @@ class Collector(Generic[RowT, OutcomeT]):
         # An idle model is always asked: what is known of its cost may have been a fluke.
         if self._batches:
             wait = self.expected_wait()
-            if self._clock() + CAUTION * (wait + self.cost(rows)) > deadline:
+            if self._clock() + CAUTION * wait + self.cost(rows) > deadline:
                 self._metrics.rejected("deadline")
                 raise Overloaded("The model would not get to this request in time.", wait)
 

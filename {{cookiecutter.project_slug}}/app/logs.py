@@ -75,10 +75,10 @@ def writes_json(settings: LogSettings) -> bool:
 
 
 class Lines(logging.Formatter):
-    """Has structlog write the lines, unless there is nothing to them.
+    """Has structlog write the lines, unless they are JSON and there is nothing to them.
 
-    Those of gunicorn's own process have no fields, and without structlog that is a tenth smaller
-    (docs/performance.md of the template).
+    So are all that gunicorn's own process writes while all is well, and without structlog that is a
+    tenth smaller (docs/performance.md of the template).
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -107,8 +107,9 @@ class Lines(logging.Formatter):
 
 
 def _is_plain(record: logging.LogRecord) -> bool:
-    is_nobodys = not any(current_id() for current_id in current_ids.values())
-    return is_nobodys and not record.exc_info and record.__dict__.keys() <= PLAIN_FIELDS
+    if record.exc_info or record.stack_info or record.__dict__.keys() - PLAIN_FIELDS:
+        return False
+    return not any(current_id() for current_id in current_ids.values())
 
 
 class StormFilter(logging.Filter):

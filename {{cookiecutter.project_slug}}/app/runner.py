@@ -84,8 +84,8 @@ class Instance:
 
     def __init__(self, name: str) -> None:
         self.running = 0
-        self._thread = _thread(name)
-        self._prepare_thread = _thread(f"{name}-prep")
+        self._thread = _executor(name)
+        self._prepare_thread = _executor(f"{name}-prep")
         self._predictor: Predictor | None = None
 
     @property
@@ -114,7 +114,7 @@ class Instance:
             thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _thread(name: str) -> ThreadPoolExecutor:
+def _executor(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_give_way)
 
 

@@ -39,7 +39,7 @@ def read_server_settings() -> ServerSettings:
     try:
         exit_code = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
     except ChildProcessError:
-        # When settings are read again, gunicorn may have seen the end of it first.
+        # Where SIGCHLD is ignored there is nothing left to wait for.
         exit_code = 0
     if not sent:
         sys.exit(f"Reading the settings was ended by signal {-exit_code}." if exit_code < 0 else 1)
@@ -47,25 +47,32 @@ def read_server_settings() -> ServerSettings:
 
 
 def _send_server_settings(sender: int) -> NoReturn:
-    from app.errors import StartupError
-    from app.settings import load_settings
-
     try:
-        settings = load_settings()
-        needed = (
-            settings.bind_address,
-            settings.listening_port,
-            settings.web_concurrency,
-            settings.shutdown_grace_s,
-            settings.log_level,
-            settings.log_format,
-        )
-        os.write(sender, json.dumps(needed).encode())
-    except StartupError as error:
-        sys.stderr.write(f"{error}\n")
+        if needed := _load_server_settings():
+            os.write(sender, json.dumps(needed).encode())
     except Exception:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         # By any other way it would go on as gunicorn.
         os._exit(0)
+
+
+def _load_server_settings() -> ServerSettings | None:
+    """None: some are invalid, which has been said."""
+    from app.errors import StartupError
+    from app.settings import load_settings
+
+    try:
+        settings = load_settings()
+    except StartupError as error:
+        sys.stderr.write(f"{error}\n")
+        return None
+    return ServerSettings(
+        settings.bind_address,
+        settings.listening_port,
+        settings.web_concurrency,
+        settings.shutdown_grace_s,
+        settings.log_level,
+        settings.log_format,
+    )

@@ -15,6 +15,8 @@ from gunicorn.arbiter import Arbiter
 from uvicorn.config import Config
 from uvicorn.server import Server
 
+# Before a line needs it, which may be one that tells of trouble.
+from app import structured  # noqa: F401
 from app.lifecycle import Lifecycle
 from app.protocol import Protocol
 from app.worker import Worker

@@ -17,7 +17,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker as BaseWorker
 
 
-class LoadCount:
+class SharedLoadCount:
     """How many workers have loaded their models. All see it, as it is made before the fork."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class LoadCount:
 
 
 class Worker(BaseWorker):
-    load_count: ClassVar = LoadCount()
+    load_count: ClassVar = SharedLoadCount()
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)

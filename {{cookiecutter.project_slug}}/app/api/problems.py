@@ -56,19 +56,22 @@ class LingeringResponse(Response):
 
 
 def problem_reply(error: ServiceError, request_id: str) -> Reply:
+    # As a number, as an Enum's hash is Python.
+    status = int(error.status)
     if error.errors:
         content = to_json(problem(error, request_id), exclude_none=True)
     else:
         # What is sane as a request id needs no escapes.
-        begin = _up_to_request_id(type(error), error.detail)  # type: ignore[arg-type]  # a class
-        content = b'%b%b"}' % (begin, request_id.encode())
-    return Reply(int(error.status), MEDIA_TYPE, content, _raw(tuple(error.headers.items())))
+        content = b'%b%b"}' % (_up_to_request_id(status, error.detail), request_id.encode())
+    return Reply(status, MEDIA_TYPE, content, _raw(tuple(error.headers.items())))
 
 
 @lru_cache(maxsize=256)
-def _up_to_request_id(kind: type[ServiceError], detail: str) -> bytes:
+def _up_to_request_id(status: int, detail: str) -> bytes:
     """Of the JSON of a problem without fields, of which most are alike."""
-    return to_json(problem(kind(detail), ""), exclude_none=True).removesuffix(b'"}')
+    title = HTTPStatus(status).phrase
+    document = Problem(title=title, status=status, detail=detail, request_id="")
+    return to_json(document, exclude_none=True).removesuffix(b'"}')
 
 
 @lru_cache(maxsize=256)

@@ -437,10 +437,22 @@ class TestOverload:
             requests = [submit(collecting, "a")]
             await settle()
             # It would take twenty seconds, and what is expected is not certain.
-            for timeout in (15, 24):
+            for timeout in (15, 22):
                 with pytest.raises(Overloaded):
                     await ask(collecting, ["b"], loop.time() + timeout)
-            requests.append(submit(collecting, "c", deadline=loop.time() + 26))
+            requests.append(submit(collecting, "c", deadline=loop.time() + 23))
+            await asyncio.gather(*requests)
+
+        run(test())
+
+    def test_who_does_not_have_to_wait_needs_no_more_time_than_a_batch(self) -> None:
+        async def test() -> None:
+            loop = asyncio.get_running_loop()
+            collecting = collector(Model(fixed=10), slots=2)
+            await submit(collecting, "a")
+            requests = [submit(collecting, "b")]
+            await settle()
+            requests.append(submit(collecting, "c", deadline=loop.time() + 11))
             await asyncio.gather(*requests)
 
         run(test())

@@ -277,3 +277,67 @@ def test_memory_that_was_freed_is_used_again() -> None:
         return until(20) - until(5)
 
     assert page_faults(is_kept=True) < page_faults(is_kept=False) / 10
+
+
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    """Runs it in the service's folder, with the settings of a service that starts."""
+    settings = {"PREDICTORS_DIR": str(FAKES), "DEFAULT_MODEL": "double", "LOG_FORMAT": "json"}
+    return subprocess.run(
+        [sys.executable, "-c", f"import os, sys\n{code}"],
+        cwd=PROJECT,
+        env={"PATH": os.environ["PATH"]} | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class TestImports:
+    def test_gunicorns_own_process_has_none_of_the_large_packages(self) -> None:
+        large = {"asyncio", "ctypes", "fastapi", "multiprocessing", "opentelemetry", "pydantic"}
+        ran = python(f"""
+import logging.config, runpy
+import gunicorn.app.wsgiapp, app.worker
+settings = runpy.run_path("gunicorn.conf.py")
+logging.config.dictConfig(settings["logconfig_dict"])
+logging.getLogger("gunicorn.error").info("Listening at: %s", settings["bind"])
+print({large | {"structlog", "uvicorn"}} & sys.modules.keys())
+""")
+        assert "Listening at" in ran.stderr
+        assert ran.stdout == "set()\n", ran.stderr
+
+    def test_opentelemetry_is_for_those_who_want_traces(self) -> None:
+        code = "from app.main import create_app; create_app(); print('app.tracing' in sys.modules)"
+        assert python(code).stdout == "False\n"
+        endpoint = "os.environ['OTEL_EXPORTER_OTLP_ENDPOINT'] = 'http://127.0.0.1:1'"
+        assert python(f"{endpoint}\n{code}").stdout == "True\n"
+
+
+class TestReadingSettings:
+    """In gunicorn's own process, by another one."""
+
+    READ = "print(server_settings.read_server_settings())"
+
+    def test_they_come_over(self) -> None:
+        ran = python(f"from app import server_settings\n{self.READ}")
+        assert "ServerSettings(bind_address='0.0.0.0', port=8080, web_concurrency=1" in ran.stdout
+
+    @pytest.mark.parametrize(
+        ("do", "said"),
+        [
+            ("os.kill(os.getpid(), 9)", "ended by signal 9"),
+            ("1 / 0", "ZeroDivisionError"),
+            ("os.environ.update(PORT='none')", "PORT: "),
+        ],
+        ids=["killed", "a bug", "invalid"],
+    )
+    def test_where_they_cannot_be_read_it_says_so_once(self, do: str, said: str) -> None:
+        ran = python(f"""
+from app import server_settings
+load = server_settings._load_server_settings
+server_settings._load_server_settings = lambda: ({do}, load())[1]
+{self.READ}
+""")
+        assert ran.returncode == 1
+        assert ran.stderr.count(said) == 1
+        assert not ran.stdout
