@@ -21,6 +21,12 @@ from app.lifecycle import Lifecycle
 from app.protocol import Protocol
 from app.worker import Worker
 
+ACCEPTED_TOGETHER = 4
+"""How many connections a turn of the event loop accepts. libuv accepts one for each socket that it
+listens on (libuv/libuv#3696), so it gets each so many times. With one, of those who connect at once
+each had a turn and a batch of its own, and under overload a probe had to wait for as many turns as
+had connected before it (docs/performance.md of the template)."""
+
 ACCEPT_S = 0.05
 """How long a stopping worker goes on to accept the connections that are queued."""
 
@@ -93,7 +99,9 @@ async def _serve(worker: Worker, config: Config) -> None:
             await asyncio.sleep(RETRY_S)
             end(1)
     # The bare sockets, as uvloop and gunicorn's wrappers would both close their descriptors.
-    await server.serve(sockets=[listener.sock for listener in worker.sockets])
+    listening = [listener.sock for listener in worker.sockets]
+    again = [sock.dup() for sock in listening for _ in range(ACCEPTED_TOGETHER - 1)]
+    await server.serve(sockets=listening + again)
     heartbeat.cancel()
     if not server.started or lifecycle.has_failed:
         end(Arbiter.WORKER_BOOT_ERROR)

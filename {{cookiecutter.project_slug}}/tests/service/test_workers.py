@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from tests.service.server import FAKES, Service, Start, make_certificate, publish
+from tests.service.server import FAKES, WAIT_S, Service, Start, make_certificate, publish
 
 SOURCE = (FAKES / "double.py").read_text(encoding="utf-8")
 
@@ -164,3 +165,26 @@ def test_workers_do_not_outlive_gunicorn(start: Start) -> None:
     service.exit_code()
     service.wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     assert len(service.log_lines("stopped")) == 2
+
+
+def test_those_who_connect_at_once_share_a_batch(start: Start) -> None:
+    service = start().wait_for("/ready")
+    [worker] = worker_pids(service)
+    connections = []
+    # They are all there before it looks.
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for number in range(16):
+            body = f'{{"features":{{"x":{number}}}}}'
+            head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: at-once-{number}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            connections.append(socket.create_connection(("127.0.0.1", service.port), WAIT_S))
+            connections[-1].sendall((head + body).encode())
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    for connection in connections:
+        with connection:
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
+    service.wait_until(lambda: service.log_lines_of("at-once-15", "request"))
+    [first] = service.log_lines_of("at-once-0", "request")
+    assert first["batch_rows"] > 1
