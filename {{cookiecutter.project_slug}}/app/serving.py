@@ -21,7 +21,7 @@ from app.lifecycle import Lifecycle
 from app.protocol import Protocol
 from app.worker import Worker
 
-ACCEPTED_TOGETHER = 4
+ACCEPTED_TOGETHER = 8
 """How many connections a turn of the event loop accepts. libuv accepts one for each socket that it
 listens on (libuv/libuv#3696), so it gets each so many times. With one, of those who connect at once
 each had a turn and a batch of its own, and under overload a probe had to wait for as many turns as
