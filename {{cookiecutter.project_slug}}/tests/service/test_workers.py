@@ -1,5 +1,6 @@
 """Several workers, and workers that are replaced: the service does not notice."""
 
+import json
 import os
 import signal
 import socket
@@ -175,7 +176,7 @@ def test_those_who_connect_at_once_share_a_batch(start: Start) -> None:
     os.kill(worker, signal.SIGSTOP)
     try:
         for number in range(16):
-            body = f'{{"features":{{"x":{number}}}}}'
+            body = json.dumps({"features": {"x": number}})
             head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: at-once-{number}\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             connections.append(socket.create_connection(("127.0.0.1", service.port), WAIT_S))
