@@ -240,4 +240,7 @@ def test_overload_is_told_to_those_with_a_key_and_to_a_whole_pipeline(
                 answers = b"".join(iter(lambda: connection.recv(100_000), b""))
             assert answers.count(b"HTTP/1.1 429 ") == 301
     assert held.result().status_code == queued.result().status_code == 200
+    gate = {"model": "gate", "version": "1"}
+    assert sample(service, "inference_rejected_total", **gate, reason="queue_full") == 303
+    assert sample(service, "inference_requests_total", **gate, outcome="rejected") == 303
     assert not [line for line in service.log_lines() if line["level"] == "error"]
