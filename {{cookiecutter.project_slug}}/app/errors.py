@@ -122,12 +122,19 @@ class DeadlineExceeded(ServiceError):
 
 def problem(error: ServiceError, request_id: str) -> Problem:
     """The problem document for `error`."""
+    return problem_of(error.status, error.detail, request_id, error.errors)
+
+
+def problem_of(
+    status: HTTPStatus, detail: str, request_id: str, errors: Sequence[FieldError] = ()
+) -> Problem:
+    """The problem document for what is wrong, be it an exception or not."""
     return Problem(
-        title=error.status.phrase,
-        status=error.status,
-        detail=error.detail,
+        title=status.phrase,
+        status=status,
+        detail=detail,
         request_id=request_id,
-        errors=error.errors or None,
+        errors=list(errors) or None,
     )
 
 

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from app.errors import PROBLEM_MEDIA_TYPE, Problem
+from app.errors import PROBLEM_MEDIA_TYPE, problem_of
 from app.jobs import Inbox, Job
 
 Asgi = tuple[Scope, Receive, Send]
@@ -360,12 +360,8 @@ class Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self.outbox.send()
         request_id = uuid4().hex
-        body = Problem(
-            title=HTTPStatus.BAD_REQUEST.phrase,
-            status=HTTPStatus.BAD_REQUEST,
-            detail=msg,
-            request_id=request_id,
-        ).model_dump_json(exclude_none=True)
+        document = problem_of(HTTPStatus.BAD_REQUEST, msg, request_id)
+        body = document.model_dump_json(exclude_none=True)
         head = [
             "HTTP/1.1 400 Bad Request",
             f"content-type: {PROBLEM_MEDIA_TYPE}",

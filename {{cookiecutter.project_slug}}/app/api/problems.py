@@ -16,10 +16,10 @@ from app.errors import (
     PROBLEM_MEDIA_TYPE,
     BodyTooLarge,
     FieldError,
-    Problem,
     ServiceError,
     invalid_fields,
     problem,
+    problem_of,
 )
 
 MEDIA_TYPE = PROBLEM_MEDIA_TYPE.encode()
@@ -69,8 +69,7 @@ def problem_reply(error: ServiceError, request_id: str) -> Reply:
 @lru_cache(maxsize=256)
 def _up_to_request_id(status: int, detail: str) -> bytes:
     """Of the JSON of a problem without fields, of which most are alike."""
-    title = HTTPStatus(status).phrase
-    document = Problem(title=title, status=status, detail=detail, request_id="")
+    document = problem_of(HTTPStatus(status), detail, request_id="")
     return to_json(document, exclude_none=True).removesuffix(b'"}')
 
 
@@ -103,12 +102,8 @@ async def _service_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     error = cast(HTTPException, error)
     status = HTTPStatus(error.status_code)
-    document = Problem(
-        title=status.phrase,
-        status=status,
-        detail=_DETAILS.get(status, status.description or status.phrase),
-        request_id=request.state.request_id,
-    )
+    detail = _DETAILS.get(status, status.description or status.phrase)
+    document = problem_of(status, detail, request.state.request_id)
     return Response(
         document.model_dump_json(exclude_none=True),
         status_code=status,
