@@ -306,6 +306,10 @@ print({large | {"structlog", "uvicorn"}} & sys.modules.keys())
         assert "Listening at" in ran.stderr
         assert ran.stdout == "set()\n", ran.stderr
 
+    def test_a_worker_has_structlog_before_there_is_trouble_to_tell_of(self) -> None:
+        code = "import app.worker, app.serving; print('structlog' in sys.modules)"
+        assert python(code).stdout == "True\n"
+
     def test_opentelemetry_is_for_those_who_want_traces(self) -> None:
         code = "from app.main import create_app; create_app(); print('app.tracing' in sys.modules)"
         assert python(code).stdout == "False\n"
