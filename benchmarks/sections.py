@@ -35,6 +35,10 @@ Environment = dict[str, str]
 NameT = TypeVar("NameT")
 
 OURS = "template"
+BATCHED = "bare_asgi_batched"
+WINDOW_MS = 5
+"""For which `BATCHED` waits."""
+
 MANY = 32
 """Connections of the closed loop that stands for capacity."""
 
@@ -424,23 +428,36 @@ def policies(bench: Bench) -> list[Measurement]:
 def _longest_waits(bench: Bench, workload: str) -> list[Measurement]:
     """At three quarters of the capacity, which no longest wait may make collapse.
 
-    The capacity is that of the usual settings in the same moment, as the machine's speed changes.
+    The capacity is that of the usual settings in the same moment, as the machine's speed changes:
+    how often it changes for the worse before the end shows the bare app with a minimal batcher at
+    three quarters of its own.
     """
     found = []
-    with bench.serve(OURS, workload) as usual:
+    with ExitStack() as stack:
+        usual = stack.enter_context(bench.serve(OURS, workload))
+        bare = None
+        if BATCHED in bench.contestants:
+            bare = stack.enter_context(bench.serve(BATCHED, workload))
         for number in range(1, bench.rounds + 1):
+            about: Measurement = {"round": number, "workload": workload, "point": "75%"}
             for policy in ("learned", "window"):
                 for wait_ms in (0, 1, 5, 20):
-                    about = {"round": number, "workload": workload, "point": "75%"}
-                    about |= {"wait_policy": policy, "wait_ms": wait_ms}
                     environment = {"BATCH_POLICY": policy, "BATCH_MAX_WAIT_MS": str(wait_ms)}
                     with bench.serve(OURS, workload, environment) as running:
-                        rate = 0.75 * usual.load(MANY).per_s
-                        result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
-                    due = (result.sent + result.unsent) / bench.seconds
-                    about |= {"due_per_s": due, "share": result.per_s / due}
-                    found.append(show(about, result))
+                        these = about | {"wait_policy": policy, "wait_ms": wait_ms}
+                        found.append(_at_three_quarters(these, usual, running))
+            if bare:
+                these = about | {"wait_policy": BATCHED, "wait_ms": WINDOW_MS}
+                found.append(_at_three_quarters(these, bare, bare))
     return found
+
+
+def _at_three_quarters(about: Measurement, usual: "Running", running: "Running") -> Measurement:
+    """Of what `usual` can do, what `running` does."""
+    rate = 0.75 * usual.load(MANY).per_s
+    result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
+    due = (result.sent + result.unsent) / running.bench.seconds
+    return show(about | {"due_per_s": due, "share": result.per_s / due}, result)
 
 
 def gpu(bench: Bench) -> list[Measurement]:

@@ -28,6 +28,7 @@ from app.errors import (
     Overloaded,
     PredictionFailed,
 )
+from app.jobs import PromptFuture
 from app.metrics import ModelMetrics
 from app.tickets import BatchTimings, BatchTracer, Outlet, TimedTicket, Timings
 from app.waiting import MEMORY, WaitPolicy
@@ -196,6 +197,10 @@ class Collector(Generic[RowT, OutcomeT]):
     def is_idle(self) -> bool:
         return not self._batches and not self.rows_waiting
 
+    @property
+    def _has_free_slot(self) -> bool:
+        return len(self._batches) < self.limits.slots
+
     def expected_wait(self) -> float:
         """How long a request that came now would wait until its batch begins, at the least."""
         batches = len(self._batches) + self.rows_waiting // self.limits.max_rows
@@ -224,7 +229,7 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def outlet(self) -> asyncio.Future[Sequence[OutcomeT]]:
         """To `enqueue` with, and to wait for."""
-        return self._loop.create_future()
+        return PromptFuture(loop=self._loop)
 
     def enqueue(
         self,
@@ -268,7 +273,10 @@ class Collector(Generic[RowT, OutcomeT]):
             self.rows_waiting += len(rows)
             if self._batches:
                 self._metrics.waiting(self.rows_waiting)
-            if not self._wake or self.rows_waiting >= self._enough or is_first_to_expire:
+            if self.rows_waiting >= self.limits.max_rows and self._may_start_full():
+                self._cancel_wake()
+                self._start_batch()
+            elif not self._wake or self.rows_waiting >= self._enough or is_first_to_expire:
                 self._schedule()
         return request
 
@@ -308,10 +316,14 @@ class Collector(Generic[RowT, OutcomeT]):
         is_free = room >= 0 and not self._is_due and now < request.deadline
         return is_free and self._policy.plan(now, rows, room, now)[0] <= now
 
+    def _may_start_full(self) -> bool:
+        # With one shape and priority alone, nothing that still comes in this turn of the loop
+        # would be in the batch.
+        return len(self._queues) == 1 and self._has_free_slot
+
     def _schedule(self) -> None:
         """Run a batch now, or later, or not yet."""
-        is_free = len(self._batches) < self.limits.slots
-        if self._is_due or not is_free:
+        if self._is_due or not self._has_free_slot:
             return
         if not self.rows_waiting or self.state is State.STOPPED:
             self._cancel_wake()

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from app.errors import PROBLEM_MEDIA_TYPE, problem_of
-from app.jobs import Inbox, Job
+from app.jobs import AT_ONCE, Inbox, Job
 
 Asgi = tuple[Scope, Receive, Send]
 """What an ASGI application is called with."""
@@ -31,7 +31,8 @@ H2C_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
 class Outbox:
-    """Answers that are sent together at the end of a turn of the event loop.
+    """Answers that are sent together at the end of a turn of the event loop, or when there are
+    enough.
 
     A client that gets its answer sends the next request at once. If all who share a batch get
     theirs at once, their next requests are there at once, too, and share the next batch.
@@ -46,6 +47,8 @@ class Outbox:
         if not self._waiting:
             loop.call_soon(self.send)
         self._waiting.append((transport, data))
+        if len(self._waiting) >= AT_ONCE:
+            self.send()
 
     def send(self) -> None:
         waiting, self._waiting = self._waiting, []

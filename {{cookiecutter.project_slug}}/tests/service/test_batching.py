@@ -214,6 +214,31 @@ class TestBinding:
 
         run(test())
 
+    def test_a_full_batch_is_taken_at_once(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            outlets = [collecting.outlet() for _ in "abcde"]
+            for row, outlet in zip("abcde", outlets, strict=True):
+                collecting.enqueue([row], FAR, outlet)
+            assert model.batches == [["a", "b", "c", "d"]]
+            await asyncio.gather(*outlets)
+            assert model.batches == [["a", "b", "c", "d"], ["e"]]
+            assert model.most_running == 1
+
+        run(test())
+
+    def test_unless_some_of_it_is_to_be_in_another(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model)
+            low = [submit(collecting, row, priority=5) for row in "abc"]
+            high = [submit(collecting, row, priority=1) for row in "xyz"]
+            await asyncio.gather(*low, *high)
+            assert model.batches == [["x", "y", "z", "a"], ["b", "c"]]
+
+        run(test())
+
     def test_nor_does_a_start_that_is_due_for_one_who_has_gone(self) -> None:
         async def test() -> None:
             model = Model()

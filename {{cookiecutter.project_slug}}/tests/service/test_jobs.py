@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
 
-from app.jobs import Inbox, Job
+from app.jobs import AT_ONCE, Inbox, Job, PromptFuture
 
 name: ContextVar[str] = ContextVar("name")
 
@@ -54,6 +54,67 @@ async def test_gets_what_it_waits_for() -> None:
     await turns()
     assert got == [1, error]
     assert followed.ended == 1
+
+
+@in_a_loop
+async def test_goes_on_within_the_result_of_a_prompt_future_in_its_own_context() -> None:
+    future = PromptFuture[int]()
+    got: list[tuple[int, str]] = []
+
+    async def work() -> None:
+        name.set("work")
+        got.append((await future, name.get()))
+
+    followed = Followed(work())
+    followed.job.begin()
+    future.set_result(1)
+    assert got == [(1, "work")]
+    assert followed.ended == 1
+    assert name.get("none") == "none"
+    await turns()
+    assert followed.ended == 1
+
+
+@in_a_loop
+async def test_does_not_go_on_within_an_error_of_a_prompt_future() -> None:
+    future = PromptFuture[int]()
+    got: list[ValueError] = []
+
+    async def work() -> None:
+        try:
+            await future
+        except ValueError as error:
+            got.append(error)
+
+    followed = Followed(work())
+    followed.job.begin()
+    error = ValueError()
+    future.set_exception(error)
+    assert not got
+    await turns()
+    assert got == [error]
+    assert followed.ended == 1
+
+
+@in_a_loop
+async def test_does_not_go_on_within_the_end_of_a_prompt_future() -> None:
+    future = PromptFuture[None]()
+    followed = Followed(future_of(future))
+    followed.job.begin()
+    followed.job.cancel()
+    assert future.cancelled()
+    assert followed.ended == 0
+    await turns()
+    assert followed.ended == 1
+
+
+@in_a_loop
+async def test_a_task_may_wait_for_a_prompt_future() -> None:
+    future = PromptFuture[int]()
+    waiting = asyncio.create_task(asyncio.wait_for(future, 60))
+    await turns()
+    future.set_result(1)
+    assert await waiting == 1
 
 
 @in_a_loop
@@ -240,6 +301,24 @@ async def test_an_inbox_begins_all_of_a_turn_in_the_next() -> None:
     assert begun == [1, 2]
     await asyncio.sleep(0)
     assert begun == [1, 2, 3]
+
+
+@in_a_loop
+async def test_an_inbox_begins_many_in_the_turn_in_which_they_come() -> None:
+    begun: list[int] = []
+
+    async def work(number: int) -> None:
+        begun.append(number)
+
+    inbox, loop = Inbox(), asyncio.get_running_loop()
+    for number in range(AT_ONCE):
+        inbox.put(Followed(work(number)).job, loop)
+    assert not begun
+    # The body of the last one may not have been read yet.
+    inbox.put(Followed(work(AT_ONCE)).job, loop)
+    assert begun == list(range(AT_ONCE))
+    await asyncio.sleep(0)
+    assert begun == list(range(AT_ONCE + 1))
 
 
 async def future_of(future: asyncio.Future[None]) -> None:

@@ -6,6 +6,8 @@ import random
 import re
 import socket
 from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from app.jobs import AT_ONCE
 from app.protocol import Exchange, Outbox, Protocol
 from tests.service.server import FAKES, Service, Start, assert_problem, publish
 
@@ -376,18 +379,38 @@ def test_two_thousand_malformed_requests_break_nothing(service: Service) -> None
     assert service.client.get("/ready").status_code == 200
 
 
-def test_requests_in_a_pipeline_are_answered_in_order(service: Service) -> None:
-    def request(x: int) -> bytes:
-        body = b'{"features": {"x": %d}}' % x
-        head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+def request_for(x: int) -> bytes:
+    body = b'{"features": {"x": %d}}' % x
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
 
-    # Answered by FastAPI.
-    probe = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    last = probe.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-    answers = exchange(service, request(1) + probe + request(2) + request(3) + last)
+
+# Answered by FastAPI.
+PROBE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = PROBE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+
+
+def test_requests_in_a_pipeline_are_answered_in_order(service: Service) -> None:
+    answers = exchange(service, request_for(1) + PROBE + request_for(2) + request_for(3) + LAST)
     found = re.findall(rb'"y":([0-9.]+)|"status":"(ok)"', answers)
     assert [y or ok for y, ok in found] == [b"2.0", b"ok", b"4.0", b"6.0", b"ok"]
+
+
+def test_so_are_those_of_many_pipelines(start: Start) -> None:
+    service = start(CACHE_ENABLED="false").wait_for("/ready")
+    numbers = {n: range(100 * n, 100 * n + 60) for n in range(3 * AT_ONCE)}
+    with ExitStack() as stack:
+        connections = {}
+        for n in numbers:
+            connection = socket.create_connection(("127.0.0.1", service.port), timeout=30)
+            connections[n] = stack.enter_context(connection)
+        for n, connection in connections.items():
+            connection.sendall(b"".join(map(request_for, numbers[n])) + LAST)
+        for n, connection in connections.items():
+            answers = b"".join(iter(partial(connection.recv, 100_000), b""))
+            found = re.findall(rb'"y":([0-9.]+)', answers)
+            assert [float(y) for y in found] == [2 * x for x in numbers[n]]
+    assert not [line for line in service.log_lines() if line["level"] == "error"]
 
 
 def test_a_request_that_has_begun_to_come_keeps_its_header(service: Service) -> None:
@@ -531,6 +554,18 @@ def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
         protocol.timeout_keep_alive_handler()
         assert not connection.is_closed
         protocol.connection_lost(None)
+
+    asyncio.run(test())
+
+
+def test_many_answers_do_not_wait_for_the_end_of_the_turn() -> None:
+    async def test() -> None:
+        connection, outbox = Connection(), Outbox()
+        for _ in range(AT_ONCE + 1):
+            outbox.put(connection, b"answer;", asyncio.get_running_loop())
+        assert connection.sent.count(b";") == AT_ONCE
+        await asyncio.sleep(0)
+        assert connection.sent.count(b";") == AT_ONCE + 1
 
     asyncio.run(test())
 
