@@ -31,7 +31,7 @@ from app.errors import (
 from app.jobs import PromptFuture
 from app.metrics import ModelMetrics
 from app.tickets import BatchTimings, BatchTracer, Outlet, TimedTicket, Timings
-from app.waiting import MEMORY, WaitPolicy
+from app.waiting import MEMORY, WORTH_A_WAIT_S, WaitPolicy
 
 log = logging.getLogger(__name__)
 
@@ -274,8 +274,8 @@ class Collector(Generic[RowT, OutcomeT]):
             if self._batches:
                 self._metrics.waiting(self.rows_waiting)
             if self.rows_waiting >= self.limits.max_rows and self._may_start_full():
-                self._cancel_wake()
-                self._start_batch()
+                # Not on behalf of this one alone.
+                Context().run(self._start_batch)
             elif not self._wake or self.rows_waiting >= self._enough or is_first_to_expire:
                 self._schedule()
         return request
@@ -317,9 +317,10 @@ class Collector(Generic[RowT, OutcomeT]):
         return is_free and self._policy.plan(now, rows, room, now)[0] <= now
 
     def _may_start_full(self) -> bool:
-        # With one shape and priority alone, nothing that still comes in this turn of the loop
-        # would be in the batch.
-        return len(self._queues) == 1 and self._has_free_slot
+        # Of what still comes in this turn of the loop, only something more urgent would be in the
+        # batch. With a model that takes longer, the turn would last for too long.
+        is_quick = self.cost(self.limits.max_rows) < WORTH_A_WAIT_S
+        return is_quick and len(self._queues) == 1 and self._has_free_slot
 
     def _schedule(self) -> None:
         """Run a batch now, or later, or not yet."""
@@ -373,7 +374,8 @@ class Collector(Generic[RowT, OutcomeT]):
             self._start_batch()
 
     def _start_batch(self) -> None:
-        self._wake, self._is_due = None, False
+        self._cancel_wake()
+        self._is_due = False
         now = self._clock()
         parts = self._bind(now)
         self._metrics.waiting(self.rows_waiting)

@@ -7,18 +7,18 @@ from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
 
-AT_ONCE = 32
+TOGETHER = 32
 """Of the requests that come in one turn of the event loop, so many are taken as far as they get
 before the next are read: what they are about is in the CPU's cache then. With hundreds in a turn
-each takes a fifth less (docs/performance.md of the template)."""
+each takes an eighth to a fifth less (docs/performance.md of the template)."""
 
 
 class Job:
     """A coroutine that nobody waits for, and that waits for futures alone.
 
     A task takes a callback of the event loop to begin and one to end, and notes itself in a
-    `WeakSet`, which is Python: 5 us of the 50 of a request. Without a task there is none that is
-    current, which `asyncio.timeout` and others ask for: let them have one of their own.
+    `WeakSet`, which is Python: 5 us of the 50 of a request. The current task, which
+    `asyncio.timeout` and others ask for, is none or somebody else's: let them have their own.
     """
 
     __slots__ = ("_context", "_coroutine", "_is_cancelled", "_on_end", "_waits_for")
@@ -80,7 +80,7 @@ class Job:
         # By this asyncio.Future tells an `await` from a `yield`; whoever gets it takes it back.
         future._asyncio_future_blocking = False  # noqa: SLF001
         self._waits_for = future
-        if isinstance(future, PromptFuture):
+        if isinstance(future, PromptFuture) and not future.waiter:
             future.waiter = self
         else:
             self.go_on_later(future)
@@ -92,7 +92,8 @@ class Job:
 class PromptFuture(asyncio.Future[ResultT]):
     """With its result the job that waits for it goes on at once, and not in the loop's next turn.
 
-    With anything else, and for tasks, it is a future like any other.
+    For tasks, and for the second who waits, it is a future like any other. So it is with errors and
+    when it is cancelled, which may be while somebody goes through all who wait.
     """
 
     waiter: Job | None = None
@@ -104,14 +105,14 @@ class PromptFuture(asyncio.Future[ResultT]):
             waiter.go_on_now()
 
     def set_exception(self, exception: type | BaseException, /) -> None:
-        self._let_wait()
+        self._tell_later()
         super().set_exception(exception)
 
     def cancel(self, msg: object = None) -> bool:
-        self._let_wait()
+        self._tell_later()
         return super().cancel(msg)
 
-    def _let_wait(self) -> None:
+    def _tell_later(self) -> None:
         waiter, self.waiter = self.waiter, None
         if waiter:
             waiter.go_on_later(self)
@@ -120,14 +121,15 @@ class PromptFuture(asyncio.Future[ResultT]):
 class Inbox:
     """Jobs that begin together in the next turn of the event loop, or when there are enough.
 
-    Then it is known which requests have come in this one, and mostly their bodies are there.
+    Then it is known whether a request has come alone, and mostly its body is there.
     """
 
     def __init__(self) -> None:
         self._waiting: list[Job] = []
 
     def put(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
-        if len(self._waiting) >= AT_ONCE:
+        # Before this one, whose body may not have been read yet.
+        if len(self._waiting) >= TOGETHER:
             self._begin()
         if not self._waiting:
             loop.call_soon(self._begin)

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from app.errors import PROBLEM_MEDIA_TYPE, problem_of
-from app.jobs import AT_ONCE, Inbox, Job
+from app.jobs import TOGETHER, Inbox, Job
 
 Asgi = tuple[Scope, Receive, Send]
 """What an ASGI application is called with."""
@@ -47,7 +47,7 @@ class Outbox:
         if not self._waiting:
             loop.call_soon(self.send)
         self._waiting.append((transport, data))
-        if len(self._waiting) >= AT_ONCE:
+        if len(self._waiting) >= TOGETHER:
             self.send()
 
     def send(self) -> None:
@@ -293,9 +293,18 @@ class Protocol(HttpToolsProtocol):
         if self.flow.read_paused:
             self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            # Not in the context of the one that has its answer.
+            Context().run(self._start_next, *self.pipeline.pop())
         else:
             self._wait_for_request()
+
+    def _start_next(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if not isinstance(cycle, Exchange):
+            super()._start_asgi_task(cycle, app)
+        elif job := self._job_for(cycle, app):
+            # Within the job before it, it would be answered before that, and a long pipeline as a
+            # whole in one turn of the loop.
+            self.loop.call_soon(self.inbox.put, job, self.loop)
 
     def _wait_for_request(self) -> None:
         self._idle_since = monotonic()
@@ -325,16 +334,22 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not isinstance(cycle, Exchange):
             super()._start_asgi_task(cycle, app)
-            return
+        elif job := self._job_for(cycle, app):
+            self.inbox.put(job, self.loop)
+
+    def _job_for(self, cycle: Exchange, app: ASGI3Application) -> Job | None:
+        """What is to answer it, unless it was refused."""
         self.exchange = cycle
         # Of those that waited in a pipeline, each refusal would begin the next one within itself.
         may_refuse = not self.pipeline and cycle.may_respond
         begin = app.begin  # type: ignore[attr-defined]  # of app.api.middleware
-        if answering := begin(cycle, may_refuse=may_refuse):
-            cycle.job = job = Job(answering, cycle.end)
-            # uvicorn waits for them when it stops, and cancels them after a while.
-            self.tasks.add(job)  # type: ignore[arg-type]
-            self.inbox.put(job, self.loop)
+        answering = begin(cycle, may_refuse=may_refuse)
+        if not answering:
+            return None
+        cycle.job = job = Job(answering, cycle.end)
+        # uvicorn waits for them when it stops, and cancels them after a while.
+        self.tasks.add(job)  # type: ignore[arg-type]
+        return job
 
     def shutdown(self) -> None:
         self.outbox.send()

@@ -17,7 +17,7 @@ class Outlet(Protocol[OutcomeT_contra]):
     """Where what came out goes: an `asyncio.Future`, or something that acts like one.
 
     It gets either the outcomes, in order, or DeadlineExceeded, PredictionFailed or NotReady, or
-    is cancelled; it is left alone when it is done.
+    is cancelled; it is left alone when it is done. Who waits may go on within `set_result`.
     """
 
     def done(self) -> bool: ...

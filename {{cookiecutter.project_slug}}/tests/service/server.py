@@ -136,3 +136,9 @@ def assert_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert problem["detail"]
     assert problem["request_id"] == answer.headers["x-request-id"]
     return problem
+
+
+def worker_pids(service: Service) -> list[int]:
+    """Of all workers that were ever started, in this order."""
+    events = [line["event"] for line in service.log_lines()]
+    return [int(event.rsplit(" ", 1)[1]) for event in events if "Booting worker" in event]

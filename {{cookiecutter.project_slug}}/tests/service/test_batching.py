@@ -6,6 +6,7 @@ import random
 import selectors
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from contextvars import ContextVar
 from math import inf
 from typing import Any
 
@@ -15,9 +16,11 @@ from app.batching import MAX_RERUNS, Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
 from app.tickets import outcomes_of
-from app.waiting import BatchCost, FixedWindow, LearnedReturns, WaitPolicy
+from app.waiting import WORTH_A_WAIT_S, BatchCost, FixedWindow, LearnedReturns, WaitPolicy
 
 FAR = 1e6
+
+name: ContextVar[str] = ContextVar("name")
 
 
 class JumpingSelector(selectors.SelectSelector):
@@ -228,7 +231,41 @@ class TestBinding:
 
         run(test())
 
-    def test_unless_some_of_it_is_to_be_in_another(self) -> None:
+    def test_and_not_on_behalf_of_the_one_that_filled_it(self) -> None:
+        async def test() -> None:
+            seen: list[str] = []
+            model = Model()
+
+            def run(rows: list[Any]) -> "asyncio.Future[Sequence[Any]]":
+                seen.append(name.get("nobody"))
+                return model(rows)
+
+            collecting = collector(run)
+            outlets = [collecting.outlet() for _ in "abcd"]
+            for row, outlet in zip("abcd", outlets, strict=True):
+                name.set(row)
+                collecting.enqueue([row], FAR, outlet)
+            assert seen == ["nobody"]
+            await asyncio.gather(*outlets)
+
+        run(test())
+
+    def test_unless_the_model_would_hold_up_the_loop(self) -> None:
+        async def test() -> None:
+            cost = BatchCost()
+            cost.ran(4, WORTH_A_WAIT_S)
+            model = Model()
+            collecting = collector(model, policy=FixedWindow(0, cost))
+            full = [submit(collecting, row) for row in "abcd"]
+            await asyncio.sleep(0)
+            assert collecting.rows_waiting == 4
+            assert not model.batches
+            await asyncio.gather(*full)
+            assert model.batches == [["a", "b", "c", "d"]]
+
+        run(test())
+
+    def test_or_some_of_it_is_to_be_in_another(self) -> None:
         async def test() -> None:
             model = Model()
             collecting = collector(model)

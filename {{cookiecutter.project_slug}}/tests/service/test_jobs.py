@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
 
-from app.jobs import AT_ONCE, Inbox, Job, PromptFuture
+from app.jobs import TOGETHER, Inbox, Job, PromptFuture
 
 name: ContextVar[str] = ContextVar("name")
 
@@ -106,6 +106,17 @@ async def test_does_not_go_on_within_the_end_of_a_prompt_future() -> None:
     assert followed.ended == 0
     await turns()
     assert followed.ended == 1
+
+
+@in_a_loop
+async def test_a_second_one_may_wait_for_a_prompt_future() -> None:
+    future = PromptFuture[None]()
+    both = [Followed(future_of(future)) for _ in range(2)]
+    for followed in both:
+        followed.job.begin()
+    future.set_result(None)
+    await turns()
+    assert [followed.ended for followed in both] == [1, 1]
 
 
 @in_a_loop
@@ -311,14 +322,14 @@ async def test_an_inbox_begins_many_in_the_turn_in_which_they_come() -> None:
         begun.append(number)
 
     inbox, loop = Inbox(), asyncio.get_running_loop()
-    for number in range(AT_ONCE):
+    for number in range(TOGETHER):
         inbox.put(Followed(work(number)).job, loop)
     assert not begun
     # The body of the last one may not have been read yet.
-    inbox.put(Followed(work(AT_ONCE)).job, loop)
-    assert begun == list(range(AT_ONCE))
+    inbox.put(Followed(work(TOGETHER)).job, loop)
+    assert begun == list(range(TOGETHER))
     await asyncio.sleep(0)
-    assert begun == list(range(AT_ONCE + 1))
+    assert begun == list(range(TOGETHER + 1))
 
 
 async def future_of(future: asyncio.Future[None]) -> None:

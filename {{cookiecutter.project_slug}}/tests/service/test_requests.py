@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import os
 import random
 import re
+import signal
 import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack
+from contextvars import ContextVar
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +20,16 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from app.jobs import AT_ONCE
+from app.jobs import TOGETHER
 from app.protocol import Exchange, Outbox, Protocol
-from tests.service.server import FAKES, Service, Start, assert_problem, publish
+from tests.service.server import (
+    FAKES,
+    Service,
+    Start,
+    assert_problem,
+    publish,
+    worker_pids,
+)
 
 JSON = {"Content-Type": "application/json"}
 PREDICT = "/v1/predict"
@@ -379,10 +390,11 @@ def test_two_thousand_malformed_requests_break_nothing(service: Service) -> None
     assert service.client.get("/ready").status_code == 200
 
 
-def request_for(x: int) -> bytes:
+def request_for(x: int, *more: bytes) -> bytes:
     body = b'{"features": {"x": %d}}' % x
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    return head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    length = b"Content-Length: %d" % len(body)
+    line, kind = b"POST /v1/predict HTTP/1.1", b"Content-Type: application/json"
+    return b"\r\n".join((line, b"Host: x", kind, length, *more, b"", body))
 
 
 # Answered by FastAPI.
@@ -396,16 +408,31 @@ def test_requests_in_a_pipeline_are_answered_in_order(service: Service) -> None:
     assert [y or ok for y, ok in found] == [b"2.0", b"ok", b"4.0", b"6.0", b"ok"]
 
 
-def test_so_are_those_of_many_pipelines(start: Start) -> None:
-    service = start(CACHE_ENABLED="false").wait_for("/ready")
-    numbers = {n: range(100 * n, 100 * n + 60) for n in range(3 * AT_ONCE)}
+@pytest.mark.parametrize("cached", [False, True], ids=["batches", "hits"])
+def test_so_are_those_of_many_pipelines(start: Start, cached: bool) -> None:
+    service = start(CACHE_ENABLED=str(cached).lower()).wait_for("/ready")
+    [worker] = worker_pids(service)
+    numbers = {n: range(20 * n, 20 * n + 20) for n in range(3 * TOGETHER)}
+    if cached:
+        for x in chain.from_iterable(numbers.values()):
+            service.predict("double", x=x)
     with ExitStack() as stack:
         connections = {}
         for n in numbers:
             connection = socket.create_connection(("127.0.0.1", service.port), timeout=30)
             connections[n] = stack.enter_context(connection)
-        for n, connection in connections.items():
-            connection.sendall(b"".join(map(request_for, numbers[n])) + LAST)
+            # So it is accepted.
+            connection.sendall(PROBE)
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
+        # All come in one turn of the event loop.
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            for n, connection in connections.items():
+                *first, last = numbers[n]
+                requests = b"".join(map(request_for, first))
+                connection.sendall(requests + request_for(last, b"Connection: close"))
+        finally:
+            os.kill(worker, signal.SIGCONT)
         for n, connection in connections.items():
             answers = b"".join(iter(partial(connection.recv, 100_000), b""))
             found = re.findall(rb'"y":([0-9.]+)', answers)
@@ -473,6 +500,9 @@ class Connection(asyncio.Transport):
         if self.is_closed:
             raise RuntimeError("closed")
         self.sent += data
+
+    def pause_reading(self) -> None:
+        pass
 
 
 def test_who_asks_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,14 +588,43 @@ def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
     asyncio.run(test())
 
 
+def test_the_next_of_a_pipeline_knows_nothing_of_the_one_before() -> None:
+    name: ContextVar[str] = ContextVar("name")
+    seen: list[str] = []
+
+    class App:
+        plain_paths: ClassVar = {b"/": "/"}
+
+        async def begin(self, exchange: Exchange, **_: bool) -> None:
+            seen.append(name.get("nothing"))
+            name.set("the one before")
+            exchange.respond(200, b"content-length: 0\r\n", b"")
+
+        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
+            raise AssertionError
+
+    async def test() -> None:
+        config = Config(App(), http=Protocol, proxy_headers=False)
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        protocol.connection_made(Connection())
+        protocol.data_received(2 * b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert seen == ["nothing", "nothing"]
+        protocol.connection_lost(None)
+
+    asyncio.run(test())
+
+
 def test_many_answers_do_not_wait_for_the_end_of_the_turn() -> None:
     async def test() -> None:
         connection, outbox = Connection(), Outbox()
-        for _ in range(AT_ONCE + 1):
+        for _ in range(TOGETHER + 1):
             outbox.put(connection, b"answer;", asyncio.get_running_loop())
-        assert connection.sent.count(b";") == AT_ONCE
+        assert connection.sent.count(b";") == TOGETHER
         await asyncio.sleep(0)
-        assert connection.sent.count(b";") == AT_ONCE + 1
+        assert connection.sent.count(b";") == TOGETHER + 1
 
     asyncio.run(test())
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from tests.service.server import FAKES, WAIT_S, Service, Start, make_certificate, publish
+from tests.service.server import (
+    FAKES,
+    WAIT_S,
+    Service,
+    Start,
+    make_certificate,
+    publish,
+    worker_pids,
+)
 
 SOURCE = (FAKES / "double.py").read_text(encoding="utf-8")
-
-
-def worker_pids(service: Service) -> list[int]:
-    """Of all workers that were ever started, in this order."""
-    events = [line["event"] for line in service.log_lines()]
-    return [int(event.rsplit(" ", 1)[1]) for event in events if "Booting worker" in event]
 
 
 def assert_answers(service: Service, requests: int = 50) -> None:
