@@ -9,7 +9,7 @@ import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.contestants import Command, Contestant, Place, contestants
 from benchmarks.environments import BUILD, MODELS, REPOSITORY, make_place
 from benchmarks.load import Exchange, LoadProcess, Plan, measure, percentile_ms
-from benchmarks.machine import commit
+from benchmarks.machine import commit, in_words
 from benchmarks.report import number, table
 from benchmarks.sections import OURS, exchanges_of, http_bytes
 from benchmarks.serving import Server, free_port, running_on, split_cores, status
@@ -279,7 +279,24 @@ def probe(server: Server, contestant: Contestant, load: LoadProcess) -> str:
     return number(percentile_ms(sorted(latencies), 0.99))
 
 
-# 4. SIGTERM while requests come.
+# 4. As much as it can answer.
+
+
+def full_load(target: Target, scale: float) -> list[Row]:
+    with target.serve() as server:
+        measure(Plan(server.port, target.exchanges, 1, 32, cpus=CORES.load))
+        load = LoadProcess(Plan(server.port, target.exchanges, 20 * scale, 32, cpus=CORES.load))
+        try:
+            probes = probe(server, target.contestant, load)
+            result = load.result()
+        except BaseException:
+            load.stop()
+            raise
+    figures = [number(result.per_s), number(result.p99_ms), probes]
+    return [[target.contestant.title, *figures]]
+
+
+# 5. SIGTERM while requests come.
 
 STOPS = 3
 TERM_AFTER_S = 2
@@ -317,7 +334,7 @@ def stop_under_load(target: Target, scale: float) -> list[Row]:
     ]
 
 
-# 5. Half of two thousand callers hang up.
+# 6. Half of two thousand callers hang up.
 
 
 def cancel_storm(target: Target, scale: float) -> list[Row]:
@@ -414,6 +431,13 @@ TRIALS = {
         ],
         overload,
     ),
+    "full": Trial(
+        "As much as it can answer",
+        "32 connections, each with its next request as soon as it has its answer. The probe asks "
+        "ten times a second whether the process lives.",
+        ["", "req/s", "p99 of answers ms", "probe p99 ms"],
+        full_load,
+    ),
     "stop": Trial(
         "SIGTERM under load",
         f"{NEIGHBOURS} connections, each with its next request as soon as it has its answer, and "
@@ -479,15 +503,16 @@ def main() -> None:
                 results[name] += rows
             store.write_text(json.dumps(results, indent=1) + "\n")
     report = (folder if arguments.quick else Path(__file__).parent) / "fire.md"
-    report.write_text(as_markdown(results, commit(arguments.template.absolute())))
+    commit_id = commit(arguments.template.absolute())
+    report.write_text(as_markdown(results, commit_id, [target.name for target in targets]))
     print(f"\nwrote {os.path.relpath(report)}")
 
 
-def as_markdown(results: dict[str, list[Row]], commit_id: str) -> str:
+def as_markdown(results: dict[str, list[Row]], commit_id: str, participants: Sequence[str]) -> str:
     day = datetime.now(UTC).date()
     about = (
         f"Written by `python -m benchmarks.fire` on {day}, commit {commit_id}. The model is the "
-        "random forest of W2; the server has one core.\n"
+        f"random forest of W2; the server has one core. {in_words(participants)}.\n"
     )
     parts = ["# Behaviour under fire\n", about]
     for name, trial in TRIALS.items():

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,6 @@ TOLD = [
 
 
 def describe(bench: Bench, template: Path) -> dict[str, Any]:
-    versions: dict[str, str] = {}
-    for name in bench.contestants:
-        versions |= locked_versions(name)
     cores = bench.cores
     return {
         "cpu": _cpu(),
@@ -37,11 +35,25 @@ def describe(bench: Bench, template: Path) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "packages": {name: versions[name] for name in TOLD if name in versions},
+        "packages": _packages(bench.contestants),
         "onnx": version("onnx"),
         "commit": commit(template),
         "pinned": "apart" if cores.are_apart else "one core for server and load",
     }
+
+
+def in_words(contestants: Iterable[str]) -> str:
+    """The machine, and the packages that `contestants` are made of."""
+    packages = [f"{name} {version}" for name, version in _packages(contestants).items()]
+    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    return f"{_cpu()}, {os.cpu_count()} cores, {system}, {', '.join(packages)}"
+
+
+def _packages(contestants: Iterable[str]) -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for name in contestants:
+        versions |= locked_versions(name)
+    return {name: versions[name] for name in TOLD if name in versions}
 
 
 def _cpu() -> str:

@@ -37,9 +37,9 @@ of a batch (BATCH_MAX_ROWS); what is there beyond that waits its turn.
 """
 
 POLICY = """\
-This template, its learned wait and fixed windows (BATCH_POLICY=window), which have to be chosen. In
-the open loop all are offered the same: a share of what the learned wait answers with 32
-connections. Best of a column in bold.
+This template, its learned wait and fixed windows (BATCH_POLICY=window), which have to be chosen;
+all are up at once and asked in turns. In the open loop all are offered the same: a share of what
+the learned wait answered with 32 connections just before. Best of a column in bold.
 """
 
 THREE_QUARTERS = """\
@@ -479,8 +479,22 @@ def _policies(figures: Figures) -> str:
                 for policy in POLICIES
             ]
             parts += [f"{workload.upper()}, {title}:\n", table(["", *points], rows)]
+            parts += [_noise(figures, what, workload, points)]
     parts += ["### Three quarters of the capacity\n", THREE_QUARTERS, _longest_waits(figures)]
     return "\n".join(parts)
+
+
+def _noise(figures: Figures, what: str, workload: str, points: Sequence[str]) -> str:
+    spreads = []
+    for policy in POLICIES:
+        for point in points:
+            entries = figures.all("policies", workload=workload, policy=policy, point=point)
+            values = [entry[what] for entry in entries if entry.get(what)]
+            if len(values) > 1:
+                spreads.append((max(values) - min(values)) / median(values))
+    if not spreads:
+        return ""
+    return f"From round to round half of these differ by {median(spreads):.0%} or more.\n"
 
 
 def _bold(value: Number, best: Number) -> str:

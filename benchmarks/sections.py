@@ -225,13 +225,6 @@ def ask(port: int, exchange: Exchange) -> bytes:
         connection.close()
 
 
-def in_turns(bench: Bench, names: list[str]) -> Iterator[tuple[int, str]]:
-    """Each round has all of `names`; the next one begins with another."""
-    for number in range(bench.rounds):
-        for name in rotated(names, number):
-            yield number + 1, name
-
-
 def rotated(names: list[NameT], turn: int) -> list[NameT]:
     """All of `names`, each turn beginning with another."""
     first = turn % len(names) if names else 0
@@ -407,21 +400,30 @@ def policies(bench: Bench) -> list[Measurement]:
     """Our learned wait against fixed windows, at every load."""
     found: list[Measurement] = []
     for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
-        with bench.serve(OURS, workload) as running:
-            capacity = median(running.load(MANY).per_s for _ in range(3))
-        found.append(show({"workload": workload, "point": "capacity", "per_s": capacity}))
-        for number, policy in in_turns(bench, list(POLICIES)):
-            about = {"round": number, "workload": workload, "policy": policy}
-            with bench.serve(OURS, workload, POLICIES[policy]) as running:
-                for connections in (1, 2, 8, 32):
-                    point = {"point": f"closed {connections}"}
-                    found.append(show(about | point, running.load(connections)))
-                for share in SHARES:
-                    rate = share * capacity
-                    point = {"point": f"open {share:.0%}"}
-                    result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
-                    found.append(show(about | point | {"rate": round(rate)}, result))
+        for number in range(1, bench.rounds + 1):
+            found += _policies_side_by_side(bench, workload, number)
         found += _longest_waits(bench, workload)
+    return found
+
+
+def _policies_side_by_side(bench: Bench, workload: str, number: int) -> list[Measurement]:
+    found: list[Measurement] = []
+    about: Measurement = {"round": number, "workload": workload}
+    with ExitStack() as stack:
+        up = {
+            policy: stack.enter_context(bench.serve(OURS, workload, environment))
+            for policy, environment in POLICIES.items()
+        }
+        for connections in (1, 2, 8, 32):
+            for policy in rotated(list(up), number):
+                these = about | {"policy": policy, "point": f"closed {connections}"}
+                found.append(show(these, up[policy].load(connections)))
+        for share in SHARES:
+            rate = share * up["learned"].load(MANY).per_s
+            for policy in rotated(list(up), number):
+                these = about | {"policy": policy, "point": f"open {share:.0%}"}
+                result = up[policy].load(OPEN_LOOP_CONNECTIONS, rate=rate)
+                found.append(show(these | {"rate": round(rate)}, result))
     return found
 
 

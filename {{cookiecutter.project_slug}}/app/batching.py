@@ -30,7 +30,7 @@ from app.errors import (
 )
 from app.jobs import PromptFuture
 from app.metrics import ModelMetrics
-from app.tickets import BatchTimings, BatchTracer, Outlet, TimedTicket, Timings
+from app.tickets import BatchTimings, BatchTrace, BatchTracer, Outlet, TimedTicket, Timings
 from app.waiting import MEMORY, WORTH_A_WAIT_S, WaitPolicy
 
 log = logging.getLogger(__name__)
@@ -461,8 +461,7 @@ class Collector(Generic[RowT, OutcomeT]):
             rows = [row for _, _, its_rows in parts for row in its_rows]
             # What comes out for the copies is not delivered to anybody.
             rows += rows[:1] * (self.limits.padded(len(rows)) - len(rows))
-            trace = batch.timings.trace
-            run = trace.context.run(self._run, rows) if trace else self._run(rows)
+            run = self._run_of(rows, batch.timings.trace)
             if not run.done():
                 resume = partial(self._resume, batch, parts, started)
                 run.add_done_callback(resume, context=self._context)
@@ -473,6 +472,17 @@ class Collector(Generic[RowT, OutcomeT]):
             self._loop.call_soon(self._free, batch, context=self._context)
         else:
             self._free(batch)
+
+    def _run_of(
+        self, rows: list[RowT], trace: BatchTrace | None
+    ) -> asyncio.Future[Sequence[OutcomeT]]:
+        try:
+            return trace.context.run(self._run, rows) if trace else self._run(rows)
+        except Exception as error:
+            # Or the slot would never be free again.
+            failed: asyncio.Future[Sequence[OutcomeT]] = self._loop.create_future()
+            failed.set_exception(error)
+            return failed
 
     def _resume(
         self,

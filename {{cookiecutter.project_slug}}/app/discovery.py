@@ -94,7 +94,7 @@ def _check_batching(path: Path, predictor: PredictorClass) -> None:
         raise StartupError(
             f"{path}: allowed_batch_sizes has to be numbers from 1, the smallest first"
         )
-    for name in ("batch_max_rows", "instances"):
+    for name in ("batch_max_rows", "queue_max_rows", "instances"):
         value = getattr(predictor, name)
         if value is not None and value < 1:
             raise StartupError(f"{path}: {name} has to be at least 1")

@@ -62,8 +62,8 @@ PredictionT = TypeVar("PredictionT", bound=BasePrediction)
 class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     """One model; subclass it as `class Predictor(BasePredictor[Features, Prediction])`.
 
-    Calls never overlap, so nothing here needs a lock. They come from a thread that belongs to
-    this model, or from the event loop if batches take less than 3 ms.
+    Calls of `predict` never overlap, so it needs no lock. They come from a thread that belongs to
+    this model, or from the event loop if batches take less than 3 ms on a CPU.
     """
 
     features: ClassVar[type[BaseFeatures]]
@@ -74,6 +74,9 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
 
     batch_max_rows: ClassVar[int | None] = None
     """Most rows in one call of `predict`, where the setting BATCH_MAX_ROWS does not suit."""
+
+    queue_max_rows: ClassVar[int | None] = None
+    """Most rows that wait for this model, where the setting QUEUE_MAX_ROWS does not suit."""
 
     allowed_batch_sizes: ClassVar[tuple[int, ...]] = ()
     """The only numbers of rows in one call, smallest first, for a model with fixed shapes: a

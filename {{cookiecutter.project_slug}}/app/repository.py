@@ -147,14 +147,28 @@ class ServedModel:
         is_learned = settings.batch_policy == "learned"
         cost = await self._measure(max_rows)
         policy = LearnedReturns(max_rows, cost) if is_learned else FixedWindow(max_wait, cost)
-        limits = Limits(max_rows, settings.queue_max_rows, max_wait, self._runner.slots, sizes)
-        for reason in what_prevents_batches(settings, max_rows):
+        queue_max_rows = self._queue_max_rows()
+        limits = Limits(max_rows, queue_max_rows, max_wait, self._runner.slots, sizes)
+        for reason in what_prevents_batches(settings, max_rows, queue_max_rows):
             log.warning("%s: %s", self.name, reason)
         self.metrics = ModelMetrics(self.name, version)
         self.metrics.max_rows.set(max_rows)
         collector = Collector(self._runner.run, limits, policy, self.metrics)
         collector.tracer = self._tracer
         return collector
+
+    def _queue_max_rows(self) -> int:
+        """
+        Raises:
+            StartupError: a full request would never fit.
+        """
+        own, most = self.predictor_class.queue_max_rows, self._settings.max_instances
+        if own is not None and own < most:
+            raise StartupError(
+                f"{self.name}: queue_max_rows = {own} is less than MAX_INSTANCES={most}, so a full "
+                "request never fits; raise it, or lower MAX_INSTANCES"
+            )
+        return own or self._settings.queue_max_rows
 
     def _make_cache(self, artifact: Artifact) -> ResponseCache | None:
         predictor, settings = self.predictor_class, self._settings
@@ -410,12 +424,12 @@ class _Part:
         self._is_done = True
 
 
-def what_prevents_batches(settings: Settings, max_rows: int) -> list[str]:
-    """Settings that keep batches from ever having `max_rows` rows, and what to do about them."""
+def what_prevents_batches(settings: Settings, max_rows: int, queue_max_rows: int) -> list[str]:
+    """What keeps batches from ever having `max_rows` rows, and what to do about it."""
     found = []
-    if settings.queue_max_rows < max_rows:
+    if queue_max_rows < max_rows:
         found.append(
-            f"QUEUE_MAX_ROWS={settings.queue_max_rows} is less than a batch of {max_rows} rows, "
+            f"QUEUE_MAX_ROWS={queue_max_rows} is less than a batch of {max_rows} rows, "
             "so batches are never full; raise it, or lower BATCH_MAX_ROWS"
         )
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

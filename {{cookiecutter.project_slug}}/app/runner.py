@@ -178,8 +178,8 @@ class Runner:
         if (is_quick or self._is_always_inline) and not instance.running:
             self._run_inline(instance.predictor, rows, answer)
         else:
-            instance.running += 1
             running = instance.submit(rows)
+            instance.running += 1
             running.add_done_callback(partial(_tell, loop, partial(self._ran, instance, answer)))
         return answer
 
@@ -261,10 +261,16 @@ def _checked(
     predictor: Predictor, rows: Rows, predict: Callable[[], Sequence[Outcome]]
 ) -> Sequence[Outcome]:
     try:
-        outcomes = predict()
+        return _outcomes(predictor, rows, predict())
+    except PredictionFailed:
+        raise
     except BaseException as error:
         # All of them: a future takes no StopIteration, and a SystemExit would end the thread.
         raise failure(error, predictor.provider) from error
+
+
+def _outcomes(predictor: Predictor, rows: Rows, outcomes: Any) -> Sequence[Outcome]:
+    # A sequence of the predictor's own can raise anything here.
     if not isinstance(outcomes, Sequence):
         raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
     if len(outcomes) != len(rows):

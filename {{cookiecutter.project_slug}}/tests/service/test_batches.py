@@ -12,6 +12,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from app.repository import what_prevents_batches
+from app.settings import Settings
 from tests.service.server import FAKES, Service, Start, assert_problem, publish
 
 GATE = "/v1/models/gate/predict"
@@ -133,6 +135,24 @@ def test_only_rows_of_one_shape_share_a_batch(start: Start, tmp_path: Path) -> N
     assert not service.log_lines("prediction failed")
 
 
+@pytest.mark.parametrize("shape", ["1 / row.x", "[row.x]"], ids=["raises", "cannot be a key"])
+def test_a_row_without_a_shape_fails_alone(start: Start, tmp_path: Path, shape: str) -> None:
+    source = (FAKES / "double.py").read_text(encoding="utf-8")
+    source = source.replace(
+        "    def predict(",
+        f"""    def shape_key(self, row: Features) -> object:
+        return {shape} if row.x == 0 else None
+
+    def predict(""",
+    )
+    (tmp_path / "double.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "double", factor_txt=b"2")
+    service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path).wait_for("/ready")
+    assert_problem(service.predict("double", x=0), 500)
+    assert service.predict("double", x=1).json()["prediction"] == {"y": 2}
+    assert len(service.log_lines("prediction failed")) == 1
+
+
 def test_sizes_that_are_allowed_are_all_run_at_the_start_and_no_others(
     start: Start, tmp_path: Path
 ) -> None:
@@ -195,6 +215,59 @@ def test_batches_are_measured(start: Start) -> None:
     labels["model"] = "faulty"
     assert sample(service, "inference_requests_total", **labels, outcome="invalid") == 1
     assert sample(service, "inference_requests_total", **labels, outcome="failed") == 1
+
+
+def test_a_predictor_has_limits_of_its_own(start: Start, tmp_path: Path, pipe: Path) -> None:
+    source = (FAKES / "gate.py").read_text(encoding="utf-8")
+    limits = "    batch_max_rows = 2\n    queue_max_rows = 3\n"
+    source = source.replace("    cache = False\n", f"    cache = False\n{limits}")
+    (tmp_path / "gate.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "gate", none=b"")
+    places = {"PREDICTORS_DIR": tmp_path, "ARTIFACTS_DIR": tmp_path}
+    service = start(**places, DEFAULT_MODEL="gate", MAX_INSTANCES=3).wait_for("/ready")
+    labels = {"model": "gate", "version": "1"}
+    assert sample(service, "inference_batch_max_rows", **labels) == 2
+    rows = [{"pipe": "/dev/null"} for _ in range(3)]
+    three = partial(httpx.post, f"{service.url}{GATE}/batch", json={"instances": rows}, timeout=60)
+    before = sample(service, "inference_batch_size_count", **labels)
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(post_gate, service, str(pipe))
+        with pipe.open("w"):
+            queued = pool.submit(three)
+            service.wait_until(partial(queue_is, service, 3))
+            assert_problem(post_gate(service, "/dev/null"), 429)
+        assert held.result().status_code == queued.result().status_code == 200
+    # One, two, and one.
+    assert sample(service, "inference_batch_size_count", **labels) == before + 3
+
+
+def test_a_queue_of_a_predictor_that_is_too_short_is_told_at_the_start(
+    start: Start, tmp_path: Path
+) -> None:
+    source = (FAKES / "double.py").read_text(encoding="utf-8")
+    source = source.replace("    def load(", "    queue_max_rows = 8\n\n    def load(")
+    (tmp_path / "double.py").write_text(source, encoding="utf-8")
+    publish(tmp_path, "double", factor_txt=b"2")
+    service = start(PREDICTORS_DIR=tmp_path, ARTIFACTS_DIR=tmp_path, MAX_INSTANCES=9)
+    assert service.exit_code() != 0
+    [line] = [line["event"] for line in service.log_lines() if line["level"] == "critical"]
+    assert line.startswith("double: queue_max_rows = 8 is less than MAX_INSTANCES=9")
+
+
+def test_who_is_too_late_is_counted(start: Start, pipe: Path) -> None:
+    service = start(REQUEST_TIMEOUT_S=1).wait_for("/ready")
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(post_gate, service, str(pipe))
+        with pipe.open("w"):
+            assert_problem(late.result(), 504)
+    labels = {"model": "gate", "version": "1"}
+    assert sample(service, "inference_requests_total", **labels, outcome="expired") == 1
+
+
+def test_fewer_files_than_a_batch_has_rows_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.repository.resource.getrlimit", lambda _: (20, 20))
+    [line] = what_prevents_batches(Settings(default_model="double"), 32, 10_000)
+    assert line.startswith("only 20 files can be open")
 
 
 def test_settings_that_prevent_batches_are_named_at_the_start(start: Start) -> None:

@@ -8,9 +8,10 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from prometheus_client import REGISTRY
 
 from app.batching import MAX_RERUNS, Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
@@ -401,6 +402,62 @@ class TestFailing:
 
         run(test())
 
+    def test_nor_does_one_before_there_is_a_run(self) -> None:
+        async def test() -> None:
+            def broken(_: list[Any]) -> "asyncio.Future[Sequence[Any]]":
+                raise RuntimeError("no more threads")
+
+            collecting = collector(broken)
+            for _ in range(2):
+                with pytest.raises(PredictionFailed):
+                    await submit(collecting, "a")
+            assert collecting.is_idle
+
+        run(test())
+
+
+class TestCounting:
+    """What cannot be seen in an answer."""
+
+    labels: ClassVar = {"model": "tested", "version": "1"}
+
+    def counted(self, name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, self.labels | labels) or 0
+
+    def test_runs_of_halves(self) -> None:
+        async def test() -> None:
+            before = self.counted("inference_bisections_total")
+            collecting = collector(Model())
+            requests = [submit(collecting, row) for row in ("a", "b", "c", "poison")]
+            await asyncio.gather(*requests, return_exceptions=True)
+            # Of two and two, and of the two at fault one by one.
+            assert self.counted("inference_bisections_total") == before + 4
+
+        run(test())
+
+    @pytest.mark.parametrize(
+        ("reason", "deadline"), [("queue_full", FAR), ("deadline", 5.0), ("not_ready", FAR)]
+    )
+    def test_refusals(self, reason: str, deadline: float) -> None:
+        async def test() -> None:
+            before = self.counted("inference_rejected_total", reason=reason)
+            collecting = collector(Model(fixed=10), queue_max_rows=4)
+            await submit(collecting, "a")
+            requests = [submit(collecting, "a")]
+            await settle()
+            requests += [submit(collecting, *"bcd")]
+            await settle()
+            if reason == "not_ready":
+                collecting.drain()
+            rows = "e" if reason == "deadline" else "ef"
+            with pytest.raises((Overloaded, NotReady)):
+                await ask(collecting, rows, asyncio.get_running_loop().time() + deadline)
+            await settle()
+            assert self.counted("inference_rejected_total", reason=reason) == before + 1
+            await asyncio.gather(*requests)
+
+        run(test())
+
 
 class TestMemory:
     """A model that runs out of it is asked for less."""
@@ -500,8 +557,9 @@ class TestOverload:
             await settle()
             # It would take twenty seconds, and what is expected is not certain.
             for timeout in (15, 22):
-                with pytest.raises(Overloaded):
+                with pytest.raises(Overloaded) as caught:
                     await ask(collecting, ["b"], loop.time() + timeout)
+                assert caught.value.headers == {"Retry-After": "10"}
             requests.append(submit(collecting, "c", deadline=loop.time() + 23))
             await asyncio.gather(*requests)
 
@@ -690,6 +748,34 @@ class TestWaiting:
             learned, most = await self.closed_loop(clients, LearnedReturns(32, BatchCost()))
             assert learned >= 0.99 * better * unwaited
             assert most == 1, "somebody had to wait for a batch that began without them"
+
+        run(test())
+
+    @pytest.mark.parametrize("max_wait", [0, 0.001, 0.005, 0.02])
+    @pytest.mark.parametrize("is_learned", [True, False], ids=["learned", "window"])
+    def test_at_three_quarters_of_the_capacity_nothing_piles_up(
+        self, is_learned: bool, max_wait: float
+    ) -> None:
+        async def test() -> None:
+            loop, chance, cost = asyncio.get_running_loop(), random.Random(1), BatchCost()
+            policy = LearnedReturns(32, cost) if is_learned else FixedWindow(max_wait, cost)
+            model = Model(fixed=0.011, per_row=0.0001)
+            collecting = collector(model, max_rows=32, max_wait=max_wait, policy=policy)
+            capacity = 32 / (0.011 + 32 * 0.0001)
+            arrivals, waits = [], []
+
+            async def caller() -> None:
+                began = loop.time()
+                await ask(collecting, ["x"], FAR)
+                waits.append(loop.time() - began)
+
+            while loop.time() < 10:
+                await asyncio.sleep(chance.expovariate(0.75 * capacity))
+                arrivals.append(asyncio.create_task(caller()))
+            assert len(waits) > 0.99 * len(arrivals)
+            await asyncio.gather(*arrivals)
+            # Behind a batch that runs, for others, and in a batch of one's own.
+            assert sorted(waits)[len(waits) * 99 // 100] < 2 * 32 / capacity + max_wait
 
         run(test())
 

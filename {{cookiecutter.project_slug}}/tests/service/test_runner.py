@@ -88,6 +88,33 @@ class TestPace:
         assert runs_until_quick(pace) > 4 * MEMORY_RUNS
 
 
+class Broken(Sequence[Prediction]):
+    """Has a length, and nothing else."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: Any) -> Any:
+        raise KeyError
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_outcomes_that_cannot_be_read_are_a_failure(inline: bool) -> None:
+    class Lazy(Here):
+        runs_inline = inline
+
+        def predict(self, batch: list[Features]) -> Any:
+            return Broken()
+
+    async def test() -> None:
+        runner = await loaded(Lazy)
+        with pytest.raises(PredictionFailed):
+            await runner.run([Features()])
+        runner.close()
+
+    run(test)
+
+
 class TestWhere:
     def test_a_quick_model_comes_to_the_event_loop_and_leaves_it_after_a_stall(self) -> None:
         async def test() -> None:
