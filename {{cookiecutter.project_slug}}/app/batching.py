@@ -482,7 +482,11 @@ class Collector(Generic[RowT, OutcomeT]):
             # Or the slot would never be free again.
             failed: asyncio.Future[Sequence[OutcomeT]] = self._loop.create_future()
             failed.set_exception(error)
-            return failed
+            try:
+                return failed
+            finally:
+                # The error knows this frame, which is not to know the error.
+                del failed
 
     def _resume(
         self,

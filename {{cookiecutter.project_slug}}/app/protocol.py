@@ -187,6 +187,16 @@ class Exchange(RequestResponseCycle):
             protocol.headers = []
         return True
 
+    async def receive(self) -> Any:
+        if self.waiting_for_100_continue:
+            self._protocol.outbox.send()
+        return await super().receive()
+
+    async def send(self, message: Any) -> None:
+        # What goes by ASGI is not to overtake the answer before it, nor to close upon it.
+        self._protocol.outbox.send()
+        await super().send(message)
+
     def on_response(self) -> None:
         self._protocol.on_response_complete()
 

@@ -429,8 +429,8 @@ def what_prevents_batches(settings: Settings, max_rows: int, queue_max_rows: int
     found = []
     if queue_max_rows < max_rows:
         found.append(
-            f"QUEUE_MAX_ROWS={queue_max_rows} is less than a batch of {max_rows} rows, "
-            "so batches are never full; raise it, or lower BATCH_MAX_ROWS"
+            f"a queue of {queue_max_rows} rows is less than a batch of {max_rows}, so batches are "
+            "never full; raise QUEUE_MAX_ROWS, or lower BATCH_MAX_ROWS"
         )
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < max_rows:

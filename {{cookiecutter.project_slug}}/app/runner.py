@@ -261,16 +261,24 @@ def _checked(
     predictor: Predictor, rows: Rows, predict: Callable[[], Sequence[Outcome]]
 ) -> Sequence[Outcome]:
     try:
-        return _outcomes(predictor, rows, predict())
-    except PredictionFailed:
-        raise
+        outcomes = predict()
     except BaseException as error:
         # All of them: a future takes no StopIteration, and a SystemExit would end the thread.
         raise failure(error, predictor.provider) from error
+    try:
+        return _as_list(predictor, rows, outcomes)
+    except PredictionFailed:
+        raise
+    except BaseException as error:
+        # A sequence of the predictor's own can raise anything, too.
+        raise failure(error, predictor.provider) from error
 
 
-def _outcomes(predictor: Predictor, rows: Rows, outcomes: Any) -> Sequence[Outcome]:
-    # A sequence of the predictor's own can raise anything here.
+def _as_list(predictor: Predictor, rows: Rows, outcomes: Any) -> list[Outcome]:
+    """
+    Raises:
+        PredictionFailed: they are not one for each of `rows`, or no predictions.
+    """
     if not isinstance(outcomes, Sequence):
         raise PredictionFailed(f"The model gave a {type(outcomes).__name__}, not a list.")
     if len(outcomes) != len(rows):
@@ -279,7 +287,7 @@ def _outcomes(predictor: Predictor, rows: Rows, outcomes: Any) -> Sequence[Outco
         if not isinstance(outcome, (predictor.prediction, ItemError)):
             raise PredictionFailed(f"The model gave a {type(outcome).__name__} as a prediction.")
     # Not every sequence can be sliced.
-    return outcomes if isinstance(outcomes, list) else list(outcomes)
+    return outcomes if type(outcomes) is list else list(outcomes)
 
 
 def _timed(predict: Callable[[], Sequence[Outcome]]) -> Run:

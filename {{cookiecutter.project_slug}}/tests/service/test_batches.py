@@ -279,7 +279,7 @@ def test_settings_that_prevent_batches_are_named_at_the_start(start: Start) -> N
         REQUEST_TIMEOUT_S=5,
     ).wait_for("/startup")
     warnings = [line["event"] for line in service.log_lines() if line["level"] == "warning"]
-    assert [line for line in warnings if line.startswith("double: QUEUE_MAX_ROWS=8 ")]
+    assert [line for line in warnings if line.startswith("double: a queue of 8 rows ")]
     assert [line for line in warnings if line.startswith("double: BATCH_MAX_WAIT_MS=5000 ")]
     usual = start().wait_for("/startup")
     assert not [line for line in usual.log_lines() if line["level"] == "warning"]

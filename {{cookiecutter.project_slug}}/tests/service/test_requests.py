@@ -617,6 +617,49 @@ def test_the_next_of_a_pipeline_knows_nothing_of_the_one_before() -> None:
     asyncio.run(test())
 
 
+def test_an_answer_by_asgi_does_not_overtake_the_one_before_it() -> None:
+    async def wait_for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def answer(exchange: Exchange) -> None:
+        _, _, send = exchange.asgi
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    class App:
+        begun = 0
+        plain_paths: ClassVar = {b"/": "/"}
+
+        def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None] | None:
+            self.begun += 1
+            if self.begun == 2:
+                exchange.respond(429, b"content-length: 0\r\n", b"")
+                return None
+            return answer(exchange) if self.begun == 3 else wait_for_ever()
+
+        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
+            raise AssertionError
+
+    async def test() -> None:
+        config = Config(App(), http=Protocol, proxy_headers=False)
+        config.load()
+        other, protocol = (Protocol(config, ServerState(), {}) for _ in range(2))
+        connection = Connection()
+        other.connection_made(Connection())
+        protocol.connection_made(connection)
+        request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+        # So jobs begin before answers are sent in the next turn.
+        other.data_received(request + b"\r\n")
+        protocol.data_received(request + b"\r\n" + request + b"Connection: close\r\n\r\n")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert re.findall(rb"HTTP/1.1 (\d+)", connection.sent) == [b"429", b"204"]
+        other.connection_lost(None)
+        protocol.connection_lost(None)
+
+    asyncio.run(test())
+
+
 def test_many_answers_do_not_wait_for_the_end_of_the_turn() -> None:
     async def test() -> None:
         connection, outbox = Connection(), Outbox()
