@@ -5,7 +5,9 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
 
-from app.jobs import TOGETHER, Inbox, Job, PromptFuture
+import pytest
+
+from app.jobs import SLICE_S, TOGETHER, Inbox, Job, PromptFuture
 
 name: ContextVar[str] = ContextVar("name")
 
@@ -330,6 +332,31 @@ async def test_an_inbox_begins_many_in_the_turn_in_which_they_come() -> None:
     assert begun == list(range(TOGETHER))
     await asyncio.sleep(0)
     assert begun == list(range(TOGETHER + 1))
+
+
+def test_an_inbox_leaves_the_loop_to_others_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("app.jobs.monotonic", lambda: now)
+
+    async def test() -> None:
+        begun: list[int] = []
+
+        async def work(number: int) -> None:
+            nonlocal now
+            begun.append(number)
+            now += SLICE_S / TOGETHER
+
+        inbox, loop = Inbox(), asyncio.get_running_loop()
+        for number in range(4 * TOGETHER):
+            inbox.put(Followed(work(number)).job, loop)
+        for turn in (1, 2, 3, 4):
+            assert begun == list(range(turn * TOGETHER))
+            await asyncio.sleep(0)
+        assert begun == list(range(4 * TOGETHER))
+
+    asyncio.run(test())
 
 
 async def future_of(future: asyncio.Future[None]) -> None:
