@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.contestants import Command, Contestant, Place, contestants
 from benchmarks.environments import BUILD, MODELS, REPOSITORY, make_place
-from benchmarks.load import Exchange, LoadProcess, Plan, measure, percentile_ms
+from benchmarks.load import Exchange, LoadProcess, Plan, Result, measure, percentile_ms
 from benchmarks.machine import commit, in_words
 from benchmarks.report import number, table
 from benchmarks.sections import OURS, exchanges_of, http_bytes
@@ -241,12 +241,7 @@ def _overload(target: Target, seconds: float, environment: dict[str, str]) -> Ro
         capacity = median(measure(plan(2, 32)).per_s for _ in range(3))
         connections = min(OVERLOAD_CONNECTIONS, open_files() - 200)
         load = LoadProcess(plan(seconds, connections, 3 * capacity))
-        try:
-            probes = probe(server, target.contestant, load)
-            result = load.result()
-        except BaseException:
-            load.stop()
-            raise
+        probes, result = probed(server, target.contestant, load)
     refused = sum(count for code, count in result.statuses.items() if code in ("429", "503"))
     due = result.sent + result.unsent
     title = target.contestant.title
@@ -265,6 +260,15 @@ def _overload(target: Target, seconds: float, environment: dict[str, str]) -> Ro
         f"{result.lost} / {result.unsent}",
         probes,
     ]  # fmt: skip
+
+
+def probed(server: Server, contestant: Contestant, load: LoadProcess) -> tuple[str, Result]:
+    """What `probe` says while `load` runs, and what comes of that."""
+    try:
+        return probe(server, contestant, load), load.result()
+    except BaseException:
+        load.stop()
+        raise
 
 
 def probe(server: Server, contestant: Contestant, load: LoadProcess) -> str:
@@ -286,12 +290,7 @@ def full_load(target: Target, scale: float) -> list[Row]:
     with target.serve() as server:
         measure(Plan(server.port, target.exchanges, 1, 32, cpus=CORES.load))
         load = LoadProcess(Plan(server.port, target.exchanges, 20 * scale, 32, cpus=CORES.load))
-        try:
-            probes = probe(server, target.contestant, load)
-            result = load.result()
-        except BaseException:
-            load.stop()
-            raise
+        probes, result = probed(server, target.contestant, load)
     figures = [number(result.per_s), number(result.p99_ms), probes]
     return [[target.contestant.title, *figures]]
 

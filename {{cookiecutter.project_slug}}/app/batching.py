@@ -166,7 +166,7 @@ class Collector(Generic[RowT, OutcomeT]):
         self._run = run
         self._policy = policy
         self._metrics = metrics
-        # Not the loop's time: uvloop's stands still within a turn, and counts milliseconds.
+        # Not the loop's time: uvloop's counts milliseconds.
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._context = Context()

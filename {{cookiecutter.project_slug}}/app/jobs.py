@@ -10,11 +10,11 @@ ResultT = TypeVar("ResultT")
 
 TOGETHER = 32
 """Of the requests that come in one turn of the event loop, so many are taken as far as they get
-before the next are read: what they are about is in the CPU's cache then. With hundreds in a turn
-each takes an eighth to a fifth less (docs/performance.md of the template)."""
+before the next are read: what they are about is in the CPU's cache then."""
 
 SLICE_S = 0.003
-"""For so long jobs are begun in one go; then probes and others are heard."""
+"""For so long jobs are begun in one go; then probes and others are heard. Longer, hundreds at once
+take a tenth less each, and probes wait longer (docs/performance.md of the template)."""
 
 
 class Job:
