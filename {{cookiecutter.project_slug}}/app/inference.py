@@ -77,6 +77,15 @@ def admit(model: ServedModel, deadline: float) -> None:
         raise
 
 
+def no_room(model: ServedModel) -> Overloaded:
+    """What to say to a request whose body would take too much, which is counted."""
+    error = Overloaded("Too many bytes of requests wait for answers.", model.expected_wait())
+    if model.metrics:
+        model.metrics.rejected("queue_bytes")
+    _count(model, error)
+    return error
+
+
 class Terms(Protocol):
     """What a caller asks for, beside the rows."""
 

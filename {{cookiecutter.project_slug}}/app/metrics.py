@@ -105,7 +105,7 @@ _expected = Gauge(
     multiprocess_mode="livemax",
 )
 
-RejectReason = Literal["not_ready", "queue_full", "deadline"]
+RejectReason = Literal["not_ready", "queue_full", "queue_bytes", "deadline"]
 Outcome = Literal["ok", "invalid", "failed", "out_of_memory", "rejected", "expired", "cancelled"]
 """`failed`: the model raised, or broke its contract."""
 

@@ -308,6 +308,10 @@ class ServedModel:
             raise NotReady(f"Model {self.name} is {self.state}.")
         self._collector.admit(1, deadline)
 
+    def expected_wait(self) -> float:
+        """How long a row that came now would wait, in seconds, at the least."""
+        return self._collector.expected_wait() if self._collector else 0.0
+
     def outlet(self) -> asyncio.Future[Sequence[Outcome]]:
         """To `submit` with, and to wait for.
 

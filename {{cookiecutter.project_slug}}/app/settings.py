@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     queue_max_rows: int = Field(default=10_000, ge=1)
     """Most rows that wait for one model; beyond it requests are answered with 429."""
 
+    queue_max_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
+    """Most bytes of bodies over 16 KiB that are read or wait, in each worker; beyond it, 429."""
+
     cache_enabled: bool = True
     """Whether equal rows are answered from the cache."""
 
@@ -190,6 +193,10 @@ class Settings(BaseSettings):
         if self.queue_max_rows < self.max_instances:
             raise ValueError(
                 "QUEUE_MAX_ROWS has to be at least MAX_INSTANCES, or a full request never fits"
+            )
+        if self.queue_max_bytes < self.max_body_bytes:
+            raise ValueError(
+                "QUEUE_MAX_BYTES has to be at least MAX_BODY_BYTES, or a large request never fits"
             )
         return self
 

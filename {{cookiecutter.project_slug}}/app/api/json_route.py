@@ -18,24 +18,15 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
 from app import inference
+from app.api.bodies import SMALL_BYTES, Bodies, ClientLeft, NoRoom
 from app.api.keys import ApiKeys
 from app.api.reply import RawHeaders
-from app.deadlines import Deadlines
-from app.errors import (
-    BodyTimeout,
-    BodyTooLarge,
-    FieldError,
-    UnsupportedMediaType,
-    invalid_fields,
-    invalid_input,
-)
+from app.errors import FieldError, UnsupportedMediaType, invalid_fields, invalid_input
 from app.inference import Answer, CacheStatus, CacheUse
-from app.jobs import Job
 from app.metrics import RouteMetrics
 from app.predictor import BaseFeatures
 from app.protocol import Exchange
 from app.repository import ServedModel
-from app.settings import Settings
 from app.tickets import Timings
 
 if TYPE_CHECKING:
@@ -52,9 +43,6 @@ PRIORITY = re.compile(rb"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)")
 
 Headers = Mapping[bytes, bytes]
 """By name in lower case; of a header that is repeated, the last."""
-
-Reader = asyncio.Task[Any] | Job
-"""Who waits for a body."""
 
 Parse = Callable[[bytes], BaseModel]
 
@@ -95,6 +83,9 @@ class Call:
     use: CacheUse = field(default="normal", init=False)
     body: bytes | None = field(default=None, init=False)
     """If it is JSON for one row and not traced: the cache may have the answer by it."""
+
+    bytes_held: int = field(default=0, init=False)
+    """Of the body, until the call is over."""
 
     span: "RequestSpan | None" = field(default=None, init=False)
     """If it is traced."""
@@ -175,21 +166,21 @@ def _headers(
     """Those of STEERING."""
 
 
-class ClientLeft(Exception):
-    """The connection was closed before the answer."""
+@dataclass(frozen=True)
+class Rules:
+    """What holds for all routes."""
+
+    timeout_s: float
+    """The longest that a request may take."""
+
+    keys: ApiKeys
+    bodies: Bodies
 
 
 class JsonRoute:
     """Answers one path: reads the body, and asks `model`."""
 
-    def __init__(
-        self,
-        path: str,
-        endpoint: Endpoint,
-        settings: Settings,
-        keys: ApiKeys,
-        model: ServedModel,
-    ) -> None:
+    def __init__(self, path: str, endpoint: Endpoint, model: ServedModel, rules: Rules) -> None:
         self.path = path
         self.model = model
         self._rows_of, self._content_of = endpoint.rows_of, endpoint.content_of
@@ -204,12 +195,8 @@ class JsonRoute:
         # Imported by the predictors that have arrays; the service itself does without NumPy.
         if "app.tensor" in sys.modules:
             self._parse_arrays(body_model)
-        self._timeout_s = settings.request_timeout_s
-        self._max_body_bytes = settings.max_body_bytes
-        self._keys = keys
+        self._timeout_s, self._keys, self._bodies = rules.timeout_s, rules.keys, rules.bodies
         self.metrics = RouteMetrics("POST", path)
-        self._reading: Deadlines[Reader] = Deadlines(self._stop_reading)
-        self._late: set[Reader] = set()
 
     def _parse_arrays(self, body_model: type[BaseModel]) -> None:
         from app.tensor import raw_field  # noqa: PLC0415
@@ -251,9 +238,9 @@ class JsonRoute:
             self.admit(call)
         parse = self._parser(call.headers)
         exchange = call.exchange
-        content = exchange.take_content(self._max_body_bytes) if exchange else None
-        if content is None:
-            content = await self._read(receive or exchange.asgi[1], call)  # type: ignore[union-attr]
+        content = exchange.take_content(self._bodies.max_bytes) if exchange else None
+        if content is None or len(content) > SMALL_BYTES:
+            content = await self._hold(call, content, receive)
         answer = None
         if self.model.cache and self._takes_one_row and parse is self._parse and not call.span:
             call.body = content
@@ -275,6 +262,26 @@ class JsonRoute:
         if answer.cache:
             _tell_of_cache(call, answer.cache, answer.age_s)
         return said
+
+    def release(self, call: Call) -> None:
+        """It is over, and what is held of its body goes."""
+        self._bodies.release(call.bytes_held)
+
+    async def _hold(self, call: Call, content: bytes | None, receive: Receive | None) -> bytes:
+        """The body of `call`, which is read if it is not there; what is large is counted."""
+        try:
+            if content is None:
+                reader = call.exchange.job if call.exchange else asyncio.current_task()
+                receive = receive or call.exchange.asgi[1]  # type: ignore[union-attr]
+                assert reader  # noqa: S101
+                declared = call.headers.get(b"content-length", b"")
+                content = await self._bodies.read(receive, reader, declared, call.deadline)
+            else:
+                self._bodies.hold(len(content))
+        except NoRoom:
+            raise inference.no_room(self.model) from None
+        call.bytes_held = len(content) if len(content) > SMALL_BYTES else 0
+        return content
 
     def _parser(self, headers: Headers) -> Parse:
         """
@@ -314,44 +321,6 @@ class JsonRoute:
             message = "Input should be a whole number of milliseconds, from 1 to 999999999"
             raise invalid_fields([FieldError(field=TIMEOUT, message=message)])
         return min(int(given) / 1000, self._timeout_s)
-
-    async def _read(self, receive: Receive, call: Call) -> bytes:
-        """The whole body.
-
-        Raises:
-            BodyTooLarge: it has more bytes than are allowed; at most that many were read.
-            BodyTimeout: it was not there by the deadline.
-            ClientLeft: the client did.
-        """
-        declared = call.headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            raise BodyTooLarge(f"The body is over {self._max_body_bytes} bytes.")
-        reader = call.exchange.job if call.exchange else asyncio.current_task()
-        assert reader  # noqa: S101
-        content = b""
-        more = True
-        self._reading.add(reader, call.deadline)
-        try:
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                content += message.get("body", b"")
-                if len(content) > self._max_body_bytes:
-                    raise BodyTooLarge(f"The body is over {self._max_body_bytes} bytes.")
-                more = message.get("more_body", False)
-        except asyncio.CancelledError:
-            if reader not in self._late:
-                raise
-            self._late.discard(reader)
-            raise BodyTimeout("The body did not arrive in time.") from None
-        finally:
-            self._reading.discard(reader)
-        return content
-
-    def _stop_reading(self, reader: Reader) -> None:
-        self._late.add(reader)
-        reader.cancel()
 
 
 def _tell_of_cache(call: Call, status: CacheStatus, age_s: float | None) -> None:

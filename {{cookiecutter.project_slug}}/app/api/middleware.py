@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.json_route import CLIENT_LEFT, Call, ClientLeft, Headers, JsonRoute
+from app.api.bodies import ClientLeft
+from app.api.json_route import CLIENT_LEFT, Call, Headers, JsonRoute
 from app.api.observers import Observers
 from app.api.problems import problem_reply, problem_response
 from app.api.reply import JSON, Reply
@@ -167,6 +168,9 @@ class RequestContext:
         except Exception:
             log.exception("unhandled error")
             reply = problem_reply(unforeseen(), call.request_id)
+        finally:
+            if call.bytes_held:
+                route.release(call)
         may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
         if not (may_stay_open and self._respond(call, reply)):
             await reply.send(self._in_context(call, _asgi(call, asgi)[2]))

@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
 from pydantic_core import to_json
 
-from app.api.json_route import Call, Endpoint, JsonRoute
+from app.api.bodies import Bodies
+from app.api.json_route import Call, Endpoint, JsonRoute, Rules
 from app.api.keys import ApiKeys
 from app.api.problems import problems
 from app.errors import FieldError, InvalidInput, invalid_fields
@@ -74,10 +75,11 @@ class PredictionRoutes:
         self.settings = settings
         self.by_path: dict[str, JsonRoute] = {}
         self._app = app
-        self._keys = keys
+        bodies = Bodies(settings.max_body_bytes, settings.queue_max_bytes)
+        self._rules = Rules(settings.request_timeout_s, keys, bodies)
 
     def add(self, path: str, model: ServedModel, endpoint: Endpoint, tag: str = "predict") -> None:
-        route = JsonRoute(path, endpoint, self.settings, self._keys, model)
+        route = JsonRoute(path, endpoint, model, self._rules)
         self.by_path[path] = route
         self._app.router.add_api_route(
             path,

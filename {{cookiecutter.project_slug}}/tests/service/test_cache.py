@@ -13,7 +13,8 @@ import pytest
 from pydantic import BaseModel, field_serializer, field_validator
 
 from app import inference
-from app.api.json_route import Call, Endpoint, JsonRoute
+from app.api.bodies import Bodies
+from app.api.json_route import Call, Endpoint, JsonRoute, Rules
 from app.api.keys import ApiKeys
 from app.cache import HEAD, Answered, ResponseCache, Stores, Times
 from app.errors import (
@@ -324,9 +325,8 @@ class TestAnswers:
 
         async def test() -> None:
             endpoint = Endpoint(Body, Body, rows_of, lambda *_: b"", "", {}, takes_one_row=True)
-            settings: Any = SimpleNamespace(request_timeout_s=30, max_body_bytes=1000)
-            model = served(cache(), Model())
-            route = JsonRoute("/predict", endpoint, settings, ApiKeys([]), model)
+            rules = Rules(30, ApiKeys([]), Bodies(1000, 1000))
+            route = JsonRoute("/predict", endpoint, served(cache(), Model()), rules)
             for status in ("miss", "hit", "hit"):
                 call = Call("1", 0, {b"content-type": b"application/json"})
                 await route.answer(call, receive)

@@ -162,42 +162,6 @@ class TestInvalidInput:
         assert len(fields(answer)[0]) == 200
 
 
-class TestTooLarge:
-    def test_a_declared_length_is_refused_unread(self, service: Service) -> None:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
-            connection.sendall(
-                b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 999999999999\r\n\r\n{"
-            )
-            assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
-
-    def test_a_client_that_sends_all_of_it_first_sees_the_answer(self, service: Service) -> None:
-        answer = service.client.post(PREDICT, content=b"x" * 3_000_000, headers=JSON)
-        assert "over 20000 bytes" in assert_problem(answer, 413)["detail"]
-
-    def test_chunks_are_counted(self, service: Service) -> None:
-        def chunks() -> Iterator[bytes]:
-            for _ in range(300):
-                yield b"x" * 1000
-
-        answer = service.client.post(PREDICT, content=chunks(), headers=JSON)
-        assert_problem(answer, 413)
-
-    def test_the_largest_body_is_answered(self, service: Service) -> None:
-        shell = json.dumps({"features": {"x": 1, "note": ""}})
-        content = shell.replace('""', f'"{"n" * (20_000 - len(shell))}"')
-        assert len(content) == 20_000
-        assert service.client.post(PREDICT, content=content, headers=JSON).status_code == 200
-        assert_problem(service.client.post(PREDICT, content=content + " ", headers=JSON), 413)
-
-    def test_too_many_instances(self, service: Service) -> None:
-        rows = [{"x": 1}] * 10
-        path = f"{PREDICT}/batch"
-        assert service.client.post(path, json={"instances": rows}).status_code == 200
-        answer = service.client.post(path, json={"instances": [*rows, {"x": 1}]})
-        assert "More than 10 instances" in assert_problem(answer, 413)["detail"]
-
-
 class TestOtherErrors:
     @pytest.mark.parametrize(
         "headers",
@@ -324,18 +288,6 @@ def test_a_client_that_leaves_midway_is_no_error(service: Service) -> None:
     service.wait_until(lambda: service.log_lines_of("left-midway", "request"))
     assert service.log_lines_of("left-midway", "request")[0]["status"] == 499
     assert not [line for line in service.log_lines() if line["level"] == "error"]
-
-
-def test_a_body_that_never_comes_is_not_waited_for(start: Start) -> None:
-    service = start(REQUEST_TIMEOUT_S=0.2).wait_for("/ready")
-    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
-        connection.sendall(
-            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 50\r\n\r\n{"
-        )
-        answer = b"".join(iter(lambda: connection.recv(1000), b""))
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b"connection: close" in answer.lower()
 
 
 def mutations(seed: int) -> Iterator[tuple[bytes, dict[str, str]]]:

@@ -53,6 +53,7 @@ def test_all_faults_are_told_at_once_and_no_value(monkeypatch: pytest.MonkeyPatc
         ("REQUEST_TIMEOUT_S", "30", "SHUTDOWN_GRACE_S has to exceed REQUEST_TIMEOUT_S"),
         ("API_KEYS_SHA256", ",", "API_KEYS_SHA256: Value error, each key"),
         ("QUEUE_MAX_ROWS", "999", "QUEUE_MAX_ROWS has to be at least MAX_INSTANCES"),
+        ("QUEUE_MAX_BYTES", "1000000", "QUEUE_MAX_BYTES has to be at least MAX_BODY_BYTES"),
         ("BATCH_POLICY", "guess", "BATCH_POLICY: Input should be 'learned' or 'window'"),
         ("MAX_BODY_BYTES", "1MB", "MAX_BODY_BYTES: Input should be a valid integer"),
     ],

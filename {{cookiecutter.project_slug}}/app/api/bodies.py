@@ -1,0 +1,104 @@
+"""Reads the bodies of requests, each by its deadline, and bounds what all of them take."""
+
+import asyncio
+from typing import Any
+
+from starlette.types import Receive
+
+from app.deadlines import Deadlines
+from app.errors import BodyTimeout, BodyTooLarge
+from app.jobs import Job
+
+SMALL_BYTES = 16 * 1024
+"""A body of this size takes no more than the rows that are read from it, whose number is bounded:
+it is not counted, which takes time."""
+
+Reader = asyncio.Task[Any] | Job
+"""Who waits for a body."""
+
+
+class ClientLeft(Exception):
+    """The connection was closed before the answer."""
+
+
+class NoRoom(Exception):
+    """Too many bytes of other requests are held."""
+
+
+class Bodies:
+    """Of all requests of this process.
+
+    Args:
+        max_bytes: of one body.
+        max_bytes_held: of all that are read, or wait for their answers.
+    """
+
+    def __init__(self, max_bytes: int, max_bytes_held: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes_held = 0
+        self._max_bytes_held = max_bytes_held
+        self._reading: Deadlines[Reader] = Deadlines(self._stop_reading)
+        self._late: set[Reader] = set()
+
+    def hold(self, number: int) -> None:
+        """Count so many bytes, until they are released.
+
+        Raises:
+            NoRoom: with them there would be too many.
+        """
+        if self.bytes_held + number > self._max_bytes_held:
+            raise NoRoom
+        self.bytes_held += number
+
+    def release(self, number: int) -> None:
+        self.bytes_held -= number
+
+    async def read(
+        self, receive: Receive, reader: Reader, declared: bytes, deadline: float
+    ) -> bytes:
+        """The whole body, which is held if it is not small.
+
+        Args:
+            declared: what the header says of the number of bytes; nothing, if it does not.
+            deadline: by `monotonic`.
+
+        Raises:
+            BodyTooLarge: it has more bytes than are allowed; at most that many were read.
+            BodyTimeout: it was not there by the deadline.
+            NoRoom: there is none for it.
+            ClientLeft: the client did.
+        """
+        if declared.isdigit() and int(declared) > self.max_bytes:
+            raise self._too_large()
+        content = b""
+        held = 0
+        more = True
+        self._reading.add(reader, deadline)
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                content += message.get("body", b"")
+                if len(content) > self.max_bytes:
+                    raise self._too_large()
+                if len(content) > SMALL_BYTES:
+                    self.hold(len(content) - held)
+                    held = len(content)
+                more = message.get("more_body", False)
+        except BaseException as error:
+            self.release(held)
+            if isinstance(error, asyncio.CancelledError) and reader in self._late:
+                self._late.discard(reader)
+                raise BodyTimeout("The body did not arrive in time.") from None
+            raise
+        finally:
+            self._reading.discard(reader)
+        return content
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The body is over {self.max_bytes} bytes.")
+
+    def _stop_reading(self, reader: Reader) -> None:
+        self._late.add(reader)
+        reader.cancel()
