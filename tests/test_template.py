@@ -24,6 +24,8 @@ LAYERS = [
     {"shared_run"},
     {"flights"},
     {"batching", "runner", "tensor_parser"},
+    {"protocol"},
+    {"intake"},
     {"tensor", "redis_store"},
     {
         "breaker",
@@ -38,7 +40,6 @@ LAYERS = [
         "onnx",
         "tickets",
         "waiting",
-        "protocol",
         "jobs",
         "metrics",
         "access_log",

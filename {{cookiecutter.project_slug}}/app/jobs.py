@@ -3,18 +3,9 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from time import monotonic
 from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
-
-TOGETHER = 32
-"""Of the requests that come in one turn of the event loop, so many are taken as far as they get
-before the next are read: what they are about is in the CPU's cache then."""
-
-SLICE_S = 0.003
-"""For so long jobs are begun in one go; then probes and others are heard. Longer, hundreds at once
-take a tenth less each, and probes wait longer (docs/performance.md of the template)."""
 
 
 class Job:
@@ -120,44 +111,3 @@ class PromptFuture(asyncio.Future[ResultT]):
         waiter, self.waiter = self.waiter, None
         if waiter:
             waiter.go_on_later(self)
-
-
-class Inbox:
-    """Jobs that begin together in the next turn of the event loop, or when there are enough.
-
-    Then it is known whether a request has come alone, and mostly its body is there.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[Job] = []
-        self._is_due = False
-        self._until = 0.0
-
-    def put(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._is_due:
-            self._begin_in_next_turn(loop)
-        # Before this one, whose body may not have been read yet.
-        elif len(self._waiting) >= TOGETHER and monotonic() < self._until:
-            self._begin(TOGETHER)
-        self._waiting.append(job)
-
-    def _begin_in_next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_due = True
-        self._until = monotonic() + SLICE_S
-        loop.call_soon(self._begin_many, loop)
-
-    def _begin_many(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_due = False
-        until = monotonic() + SLICE_S
-        # Those that are put meanwhile wait for the next turn.
-        left = len(self._waiting)
-        while left and monotonic() < until:
-            left -= self._begin(min(left, TOGETHER))
-        if self._waiting and not self._is_due:
-            self._begin_in_next_turn(loop)
-
-    def _begin(self, count: int) -> int:
-        first, self._waiting = self._waiting[:count], self._waiting[count:]
-        for job in first:
-            job.begin()
-        return len(first)

@@ -20,7 +20,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from app.errors import PROBLEM_MEDIA_TYPE, problem_of
-from app.jobs import TOGETHER, Inbox, Job
+from app.intake import TOGETHER, Intake
+from app.jobs import Job
 
 Asgi = tuple[Scope, Receive, Send]
 """What an ASGI application is called with."""
@@ -97,6 +98,9 @@ class Exchange(RequestResponseCycle):
         self.flow = protocol.flow
         self.keep_alive = keep_alive
         self.waiting_for_100_continue = protocol.expect_100_continue
+        self.received = protocol.received
+        """When it came, by `monotonic`; of the next one of a pipeline, when its turn came."""
+
         self.body: Any = b""
 
     @property
@@ -210,13 +214,19 @@ class Exchange(RequestResponseCycle):
 
 
 class Protocol(HttpToolsProtocol):
-    inbox: ClassVar = Inbox()
+    intake: ClassVar = Intake()
     outbox: ClassVar = Outbox()
     exchange: Exchange | None = None
     """The one that was begun last."""
 
     is_in_message = False
     """Whether the parser has seen the begin of a request and not its end."""
+
+    received = 0.0
+    """When what is being read has come, by `monotonic`."""
+
+    _unread = b""
+    """What has come and waits to be taken in."""
 
     _idle_since: float | None = None
     """When the last request was answered, by `monotonic`, if none has come since."""
@@ -311,10 +321,12 @@ class Protocol(HttpToolsProtocol):
     def _start_next(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not isinstance(cycle, Exchange):
             super()._start_asgi_task(cycle, app)
-        elif job := self._job_for(cycle, app):
+            return
+        cycle.received = monotonic()
+        if job := self._job_for(cycle, app):
             # Within the job before it, it would be answered before that, and a long pipeline as a
             # whole in one turn of the loop.
-            self.loop.call_soon(self.inbox.put, job, self.loop)
+            self.loop.call_soon(self.intake.put, job, self.loop)
 
     def _wait_for_request(self) -> None:
         self._idle_since = monotonic()
@@ -345,7 +357,7 @@ class Protocol(HttpToolsProtocol):
         if not isinstance(cycle, Exchange):
             super()._start_asgi_task(cycle, app)
         elif job := self._job_for(cycle, app):
-            self.inbox.put(job, self.loop)
+            self.intake.put(job, self.loop)
 
     def _job_for(self, cycle: Exchange, app: ASGI3Application) -> Job | None:
         """What is to answer it, unless it was refused."""
@@ -363,9 +375,36 @@ class Protocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.outbox.send()
+        self.take_in()
         super().shutdown()
 
     def data_received(self, data: bytes) -> None:
+        now = monotonic()
+        if not self._unread and (self.intake.has_time(now, self.loop) or self._is_urgent(data)):
+            self.received = now
+            self._read(data)
+        elif self._unread:
+            self._unread += data
+            if len(self._unread) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+        else:
+            self.received = now
+            self._unread = data
+            # It is not idle any more.
+            self._idle_since = None
+            self.intake.leave(self)
+
+    def _is_urgent(self, data: bytes) -> bool:
+        """Whether it is no prediction, but a probe or a scrape."""
+        return not (self.is_in_message or data.startswith(b"POST"))
+
+    def take_in(self) -> None:
+        data, self._unread = self._unread, b""
+        if data and self.parser:
+            self.flow.resume_reading()
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         # Java's HttpClient offers HTTP/2 with every request over plain HTTP. The parser would
         # stop after the header and lose the body (Kludex/uvicorn#2722); the offer may be ignored
         # (RFC 9110, section 7.8).

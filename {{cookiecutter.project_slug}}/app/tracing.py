@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from random import getrandbits, random
 from threading import Thread
-from time import monotonic_ns, perf_counter, time_ns
+from time import monotonic, monotonic_ns, time_ns
 from typing import Any
 
 from opentelemetry import context as current
@@ -170,7 +170,7 @@ class Tracing:
         """The span of a request, unless it is not sampled.
 
         Args:
-            started: when its header was there, by `perf_counter`.
+            started: when its header was there, by `monotonic`.
         """
         parent = _parent(headers) if b"traceparent" in headers else None
         if not self._is_sampled(parent, method):
@@ -179,7 +179,7 @@ class Tracing:
             method,
             context=parent or current.Context(),
             kind=SpanKind.SERVER,
-            start_time=time_ns() - int((perf_counter() - started) * 1e9),
+            start_time=time_ns() - int((monotonic() - started) * 1e9),
         )
         return RequestSpan(self._tracer, span) if span.is_recording() else None
 

@@ -63,7 +63,7 @@ class Call:
 
     request_id: str
     started: float
-    """When its header was there, by `perf_counter`."""
+    """When it came, as far as its header, by `monotonic`."""
 
     headers: Headers
     exchange: Exchange | None = None
@@ -223,7 +223,7 @@ class JsonRoute:
             timeout_s = self._timeout(headers)
             call.priority = _priority(headers)
             call.use = _cache_use(headers)
-        deadline = monotonic() + timeout_s
+        deadline = call.started + timeout_s
         inference.admit(self.model, deadline)
         call.deadline = deadline
 

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Coroutine, Mapping
 from random import getrandbits
-from time import perf_counter
+from time import monotonic
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,7 +86,7 @@ class RequestContext:
         do, to say so has to cost as little as can be, or nothing else gets done.
         """
         route, headers = self.routes[exchange.path], exchange.headers
-        call = Call(request_id_of(headers), perf_counter(), headers, exchange, route)
+        call = Call(request_id_of(headers), exchange.received, headers, exchange, route)
         self.observers.begin(call)
         # A process that ends closes its connections, too.
         if may_refuse and not self.lifecycle.is_ending:
@@ -105,7 +105,7 @@ class RequestContext:
             return
         headers = dict(scope["headers"])
         route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
-        call = Call(request_id_of(headers), perf_counter(), headers, route=route, scope=scope)
+        call = Call(request_id_of(headers), monotonic(), headers, route=route, scope=scope)
         self.observers.begin(call)
         if route:
             await self._answer(route, call, (scope, receive, send))

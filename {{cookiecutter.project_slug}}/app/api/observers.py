@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
 from functools import cached_property
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
@@ -57,8 +57,8 @@ class Observers:
             # Not in the context of the one that happens to be the first.
             self._loop.call_soon(self._tell, context=Context())
         call.status = status
-        call.seconds = perf_counter() - call.started
         call.ended = monotonic()
+        call.seconds = call.ended - call.started
         self._ended.append(call)
 
     def _tell(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from operator import attrgetter
-from time import perf_counter, time
+from time import monotonic, time
 from typing import Annotated
 
 from fastapi import FastAPI
@@ -192,7 +192,7 @@ class _Envelope:
 
     def __call__(self, said: bytes, answer: Answer, call: Call) -> bytes:
         part = self._parts.get(answer.version) or self._part(answer.version)
-        ms = int((perf_counter() - call.started) * 1e6) / 1000
+        ms = int((monotonic() - call.started) * 1e6) / 1000
         # What is sane as a request id needs no escapes.
         return b'{"request_id":"%b",%b,"processing_time_ms":%b,"timestamp":%b,"%b":%b}' % (
             call.request_id.encode(),

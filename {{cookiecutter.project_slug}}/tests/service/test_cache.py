@@ -328,7 +328,7 @@ class TestAnswers:
             rules = Rules(30, ApiKeys([]), Bodies(1000, 1000))
             route = JsonRoute("/predict", endpoint, served(cache(), Model()), rules)
             for status in ("miss", "hit", "hit"):
-                call = Call("1", 0, {b"content-type": b"application/json"})
+                call = Call("1", monotonic(), {b"content-type": b"application/json"})
                 await route.answer(call, receive)
                 assert call.cache == status
                 await settle()

@@ -5,9 +5,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
 
-import pytest
-
-from app.jobs import SLICE_S, TOGETHER, Inbox, Job, PromptFuture
+from app.jobs import Job, PromptFuture
 
 name: ContextVar[str] = ContextVar("name")
 
@@ -295,68 +293,6 @@ async def test_each_has_a_context_of_its_own() -> None:
         future.set_result(None)
     await turns()
     assert seen == [("one", "one"), ("two", "two")]
-
-
-@in_a_loop
-async def test_an_inbox_begins_all_of_a_turn_in_the_next() -> None:
-    begun: list[int] = []
-
-    async def work(number: int) -> None:
-        begun.append(number)
-        if number == 2:
-            inbox.put(Followed(work(3)).job, loop)
-
-    inbox, loop = Inbox(), asyncio.get_running_loop()
-    inbox.put(Followed(work(1)).job, loop)
-    inbox.put(Followed(work(2)).job, loop)
-    assert not begun
-    await asyncio.sleep(0)
-    assert begun == [1, 2]
-    await asyncio.sleep(0)
-    assert begun == [1, 2, 3]
-
-
-@in_a_loop
-async def test_an_inbox_begins_many_in_the_turn_in_which_they_come() -> None:
-    begun: list[int] = []
-
-    async def work(number: int) -> None:
-        begun.append(number)
-
-    inbox, loop = Inbox(), asyncio.get_running_loop()
-    for number in range(TOGETHER):
-        inbox.put(Followed(work(number)).job, loop)
-    assert not begun
-    # The body of the last one may not have been read yet.
-    inbox.put(Followed(work(TOGETHER)).job, loop)
-    assert begun == list(range(TOGETHER))
-    await asyncio.sleep(0)
-    assert begun == list(range(TOGETHER + 1))
-
-
-def test_an_inbox_leaves_the_loop_to_others_after_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 0.0
-    monkeypatch.setattr("app.jobs.monotonic", lambda: now)
-
-    async def test() -> None:
-        begun: list[int] = []
-
-        async def work(number: int) -> None:
-            nonlocal now
-            begun.append(number)
-            now += SLICE_S / TOGETHER
-
-        inbox, loop = Inbox(), asyncio.get_running_loop()
-        for number in range(4 * TOGETHER):
-            inbox.put(Followed(work(number)).job, loop)
-        for turn in (1, 2, 3, 4):
-            assert begun == list(range(turn * TOGETHER))
-            await asyncio.sleep(0)
-        assert begun == list(range(4 * TOGETHER))
-
-    asyncio.run(test())
 
 
 async def future_of(future: asyncio.Future[None]) -> None:

@@ -20,7 +20,7 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from app.jobs import TOGETHER
+from app.intake import TOGETHER
 from app.protocol import Exchange, Outbox, Protocol
 from tests.service.server import (
     FAKES,
