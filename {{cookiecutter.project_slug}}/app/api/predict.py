@@ -53,7 +53,7 @@ class _Answer(BaseModel):
     model: str
     model_version: str
     processing_time_ms: float = Field(
-        description="Time on the server, from the end of the request's header to the answer."
+        description="Time on the server, from when the request's header came to the answer."
     )
     timestamp: AwareDatetime
 

@@ -1,27 +1,22 @@
 """Requests, good and bad: what is answered, and that nothing bad reaches a model or breaks one."""
 
-import asyncio
 import json
 import os
 import random
 import re
 import signal
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from contextvars import ContextVar
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx2 as httpx
 import pytest
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from app.intake import TOGETHER
-from app.protocol import Exchange, Outbox, Protocol
 from tests.service.server import (
     FAKES,
     Service,
@@ -430,207 +425,3 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(
     # What is kept for good, such as the labels of metrics, is there after the first ones.
     before = collections_after(50)
     assert collections_after(1500) == before
-
-
-class Connection(asyncio.Transport):
-    def __init__(self, *, is_closed: bool = False) -> None:
-        super().__init__()
-        self.is_closed = is_closed
-        self.sent = b""
-
-    def is_closing(self) -> bool:
-        return self.is_closed
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    def resume_reading(self) -> None:
-        pass
-
-    def write(self, data: Any) -> None:
-        # As uvloop's do.
-        if self.is_closed:
-            raise RuntimeError("closed")
-        self.sent += data
-
-    def pause_reading(self) -> None:
-        pass
-
-
-def test_who_asks_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not who asked again before that, whose answer takes long."""
-    now = 1000.0
-    monkeypatch.setattr("app.protocol.monotonic", lambda: now)
-    may_answer = asyncio.Event()
-
-    async def app(_: Any, __: Any, send: Any) -> None:
-        await may_answer.wait()
-        await send({"type": "http.response.start", "status": 204})
-        await send({"type": "http.response.body"})
-
-    async def test() -> None:
-        nonlocal now
-        config = Config(app, http=Protocol, timeout_keep_alive=75)
-        config.load()
-        protocol = Protocol(config, ServerState(), {})
-        connection = Connection()
-        protocol.connection_made(connection)
-        may_answer.set()
-        for sent in (1, 2):
-            protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            await asyncio.gather(*protocol.tasks)
-            assert connection.sent.count(b"204 No Content") == sent
-            now += 74
-            protocol.timeout_keep_alive_handler()
-            assert not connection.is_closed
-        may_answer.clear()
-        protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        now += 76
-        protocol.timeout_keep_alive_handler()
-        assert not connection.is_closed
-        may_answer.set()
-        await asyncio.gather(*protocol.tasks)
-        now += 76
-        protocol.timeout_keep_alive_handler()
-        assert connection.is_closed
-        protocol.connection_lost(None)
-        assert protocol.timeout_keep_alive_task is None
-
-    asyncio.run(test())
-
-
-def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr("app.protocol.monotonic", lambda: now)
-
-    async def wait_for_ever() -> None:
-        await asyncio.get_running_loop().create_future()
-
-    class App:
-        refused = 0
-        plain_paths: ClassVar = {b"/": "/"}
-
-        def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None] | None:
-            if not self.refused:
-                self.refused += exchange.respond(429, b"content-length: 0\r\n", b"")
-                return None
-            return wait_for_ever()
-
-        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
-            raise AssertionError
-
-    async def test() -> None:
-        nonlocal now
-        config = Config(App(), http=Protocol, timeout_keep_alive=75, proxy_headers=False)
-        config.load()
-        protocol = Protocol(config, ServerState(), {})
-        connection = Connection()
-        protocol.connection_made(connection)
-        protocol.data_received(2 * b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-        await asyncio.sleep(0)
-        assert connection.sent.count(b"429") == 1
-        assert len(protocol.tasks) == 1
-        now += 76
-        protocol.timeout_keep_alive_handler()
-        assert not connection.is_closed
-        protocol.connection_lost(None)
-
-    asyncio.run(test())
-
-
-def test_the_next_of_a_pipeline_knows_nothing_of_the_one_before() -> None:
-    name: ContextVar[str] = ContextVar("name")
-    seen: list[str] = []
-
-    class App:
-        plain_paths: ClassVar = {b"/": "/"}
-
-        async def begin(self, exchange: Exchange, **_: bool) -> None:
-            seen.append(name.get("nothing"))
-            name.set("the one before")
-            exchange.respond(200, b"content-length: 0\r\n", b"")
-
-        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
-            raise AssertionError
-
-    async def test() -> None:
-        config = Config(App(), http=Protocol, proxy_headers=False)
-        config.load()
-        protocol = Protocol(config, ServerState(), {})
-        protocol.connection_made(Connection())
-        protocol.data_received(2 * b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert seen == ["nothing", "nothing"]
-        protocol.connection_lost(None)
-
-    asyncio.run(test())
-
-
-def test_an_answer_by_asgi_does_not_overtake_the_one_before_it() -> None:
-    async def wait_for_ever() -> None:
-        await asyncio.get_running_loop().create_future()
-
-    async def answer(exchange: Exchange) -> None:
-        _, _, send = exchange.asgi
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body"})
-
-    class App:
-        begun = 0
-        plain_paths: ClassVar = {b"/": "/"}
-
-        def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None] | None:
-            self.begun += 1
-            if self.begun == 2:
-                exchange.respond(429, b"content-length: 0\r\n", b"")
-                return None
-            return answer(exchange) if self.begun == 3 else wait_for_ever()
-
-        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
-            raise AssertionError
-
-    async def test() -> None:
-        config = Config(App(), http=Protocol, proxy_headers=False)
-        config.load()
-        other, protocol = (Protocol(config, ServerState(), {}) for _ in range(2))
-        connection = Connection()
-        other.connection_made(Connection())
-        protocol.connection_made(connection)
-        request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
-        # So jobs begin before answers are sent in the next turn.
-        other.data_received(request + b"\r\n")
-        protocol.data_received(request + b"\r\n" + request + b"Connection: close\r\n\r\n")
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert re.findall(rb"HTTP/1.1 (\d+)", connection.sent) == [b"429", b"204"]
-        other.connection_lost(None)
-        protocol.connection_lost(None)
-
-    asyncio.run(test())
-
-
-def test_many_answers_do_not_wait_for_the_end_of_the_turn() -> None:
-    async def test() -> None:
-        connection, outbox = Connection(), Outbox()
-        for _ in range(TOGETHER + 1):
-            outbox.put(connection, b"answer;", asyncio.get_running_loop())
-        assert connection.sent.count(b";") == TOGETHER
-        await asyncio.sleep(0)
-        assert connection.sent.count(b";") == TOGETHER + 1
-
-    asyncio.run(test())
-
-
-def test_who_leaves_does_not_take_the_answers_of_others_along() -> None:
-    async def test() -> None:
-        connections = [Connection(is_closed=number == 1) for number in range(3)]
-        outbox = Outbox()
-        for connection in connections:
-            outbox.put(connection, b"answer", asyncio.get_running_loop())
-        await asyncio.sleep(0)
-        assert [connection.sent for connection in connections] == [b"answer", b"", b"answer"]
-
-    asyncio.run(test())

@@ -1,0 +1,381 @@
+"""HTTP on one connection, by the protocol itself: in its order, in its time, and until its end."""
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import pytest
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.server import ServerState
+
+from app.intake import SLICE_S, TOGETHER, Intake
+from app.protocol import Exchange, Outbox, Protocol
+
+REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def intake(monkeypatch: pytest.MonkeyPatch) -> Intake:
+    """One that no other event loop has used."""
+    monkeypatch.setattr(Protocol, "intake", Intake())
+    return Protocol.intake
+
+
+class Connection(asyncio.Transport):
+    def __init__(self, *, is_closed: bool = False) -> None:
+        super().__init__()
+        self.is_closed = is_closed
+        self.is_paused = False
+        self.sent = b""
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
+    def write(self, data: Any) -> None:
+        # As uvloop's do.
+        if self.is_closed:
+            raise RuntimeError("closed")
+        self.sent += data
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+
+def test_who_asks_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not who asked again before that, whose answer takes long."""
+    now = 1000.0
+    monkeypatch.setattr("app.protocol.monotonic", lambda: now)
+    may_answer = asyncio.Event()
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await may_answer.wait()
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    async def test() -> None:
+        nonlocal now
+        config = Config(app, http=Protocol, timeout_keep_alive=75)
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        connection = Connection()
+        protocol.connection_made(connection)
+        may_answer.set()
+        for sent in (1, 2):
+            protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.gather(*protocol.tasks)
+            assert connection.sent.count(b"204 No Content") == sent
+            now += 74
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+        may_answer.clear()
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        now += 76
+        protocol.timeout_keep_alive_handler()
+        assert not connection.is_closed
+        may_answer.set()
+        await asyncio.gather(*protocol.tasks)
+        now += 76
+        protocol.timeout_keep_alive_handler()
+        assert connection.is_closed
+        protocol.connection_lost(None)
+        assert protocol.timeout_keep_alive_task is None
+
+    asyncio.run(test())
+
+
+def test_a_request_right_behind_one_that_was_refused_is_no_idleness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("app.protocol.monotonic", lambda: now)
+
+    async def wait_for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    class App:
+        refused = 0
+        plain_paths: ClassVar = {b"/": "/"}
+
+        def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None] | None:
+            if not self.refused:
+                self.refused += exchange.respond(429, b"content-length: 0\r\n", b"")
+                return None
+            return wait_for_ever()
+
+        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
+            raise AssertionError
+
+    async def test() -> None:
+        nonlocal now
+        config = Config(App(), http=Protocol, timeout_keep_alive=75, proxy_headers=False)
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        connection = Connection()
+        protocol.connection_made(connection)
+        protocol.data_received(2 * b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        await asyncio.sleep(0)
+        assert connection.sent.count(b"429") == 1
+        assert len(protocol.tasks) == 1
+        now += 76
+        protocol.timeout_keep_alive_handler()
+        assert not connection.is_closed
+        protocol.connection_lost(None)
+
+    asyncio.run(test())
+
+
+def test_the_next_of_a_pipeline_knows_nothing_of_the_one_before() -> None:
+    name: ContextVar[str] = ContextVar("name")
+    seen: list[str] = []
+
+    class App:
+        plain_paths: ClassVar = {b"/": "/"}
+
+        async def begin(self, exchange: Exchange, **_: bool) -> None:
+            seen.append(name.get("nothing"))
+            name.set("the one before")
+            exchange.respond(200, b"content-length: 0\r\n", b"")
+
+        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
+            raise AssertionError
+
+    async def test() -> None:
+        config = Config(App(), http=Protocol, proxy_headers=False)
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        protocol.connection_made(Connection())
+        protocol.data_received(2 * b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert seen == ["nothing", "nothing"]
+        protocol.connection_lost(None)
+
+    asyncio.run(test())
+
+
+def test_an_answer_by_asgi_does_not_overtake_the_one_before_it() -> None:
+    async def wait_for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def answer(exchange: Exchange) -> None:
+        _, _, send = exchange.asgi
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    class App:
+        begun = 0
+        plain_paths: ClassVar = {b"/": "/"}
+
+        def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None] | None:
+            self.begun += 1
+            if self.begun == 2:
+                exchange.respond(429, b"content-length: 0\r\n", b"")
+                return None
+            return answer(exchange) if self.begun == 3 else wait_for_ever()
+
+        async def __call__(self, _: Any, __: Any, ___: Any) -> None:
+            raise AssertionError
+
+    async def test() -> None:
+        config = Config(App(), http=Protocol, proxy_headers=False)
+        config.load()
+        other, protocol = (Protocol(config, ServerState(), {}) for _ in range(2))
+        connection = Connection()
+        other.connection_made(Connection())
+        protocol.connection_made(connection)
+        request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+        # So jobs begin before answers are sent in the next turn.
+        other.data_received(request + b"\r\n")
+        protocol.data_received(request + b"\r\n" + request + b"Connection: close\r\n\r\n")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert re.findall(rb"HTTP/1.1 (\d+)", connection.sent) == [b"429", b"204"]
+        other.connection_lost(None)
+        protocol.connection_lost(None)
+
+    asyncio.run(test())
+
+
+def test_many_answers_do_not_wait_for_the_end_of_the_turn() -> None:
+    async def test() -> None:
+        connection, outbox = Connection(), Outbox()
+        for _ in range(TOGETHER + 1):
+            outbox.put(connection, b"answer;", asyncio.get_running_loop())
+        assert connection.sent.count(b";") == TOGETHER
+        await asyncio.sleep(0)
+        assert connection.sent.count(b";") == TOGETHER + 1
+
+    asyncio.run(test())
+
+
+def test_who_leaves_does_not_take_the_answers_of_others_along() -> None:
+    async def test() -> None:
+        connections = [Connection(is_closed=number == 1) for number in range(3)]
+        outbox = Outbox()
+        for connection in connections:
+            outbox.put(connection, b"answer", asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        assert [connection.sent for connection in connections] == [b"answer", b"", b"answer"]
+
+    asyncio.run(test())
+
+
+class TestNoTime:
+    """What comes when there is no more time in this turn of the event loop."""
+
+    now = 0.0
+
+    @pytest.fixture(autouse=True)
+    def _clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("intake", "protocol"):
+            monkeypatch.setattr(f"app.{module}.monotonic", lambda: self.now)
+
+    def use_up_the_time(self) -> None:
+        Protocol.intake.has_time(self.now, asyncio.get_running_loop())
+        self.now += SLICE_S
+
+    def run(self, test: Callable[[Protocol, Connection], Coroutine[Any, Any, None]]) -> None:
+        """With an app that answers with the body, and to a GET with nothing."""
+
+        async def answer(exchange: Exchange) -> None:
+            content = bytes(exchange.body)
+            header = b"content-length: %d\r\nage: %d\r\n" % (
+                len(content),
+                round((self.now - exchange.received) / SLICE_S),
+            )
+            exchange.respond(200, header, content)
+
+        class App:
+            plain_paths: ClassVar = {b"/": "/"}
+
+            def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None]:
+                return answer(exchange)
+
+            async def __call__(self, _: Any, __: Any, send: Any) -> None:
+                await send({"type": "http.response.start", "status": 204})
+                await send({"type": "http.response.body"})
+
+        async def run() -> None:
+            told: list[dict[str, Any]] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, fault: told.append(fault))
+            config = Config(App(), http=Protocol, proxy_headers=False, timeout_keep_alive=75)
+            config.load()
+            protocol, connection = Protocol(config, ServerState(), {}), Connection()
+            protocol.connection_made(connection)
+            self.use_up_the_time()
+            await test(protocol, connection)
+            protocol.connection_lost(None)
+            assert not told
+
+        asyncio.run(run())
+
+    def test_waits_for_the_next_turn_and_its_time_counts(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            assert not protocol.tasks
+            self.now += 5 * SLICE_S
+            await asyncio.sleep(0)
+            assert connection.sent.endswith(b"age: 5\r\n\r\nfour")
+
+        self.run(test)
+
+    def test_a_probe_is_answered_first(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            other, probing = Protocol(protocol.config, ServerState(), {}), Connection()
+            other.connection_made(probing)
+            other.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert len(other.tasks) == 1
+            assert not connection.sent
+            await asyncio.gather(*other.tasks)
+            assert b" 204 " in probing.sent
+            other.connection_lost(None)
+
+        self.run(test)
+
+    def test_what_follows_comes_after_it(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST[:10])
+            protocol.data_received(REQUEST[10:] + b"fo")
+            protocol.data_received(b"ur" + REQUEST + b"more")
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert re.findall(rb"\r\n\r\n(....)", connection.sent) == [b"four", b"more"]
+
+        self.run(test)
+
+    def test_a_body_that_comes_waits_for_its_turn_as_well(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            protocol.data_received(REQUEST + b"fo")
+            self.now += SLICE_S
+            protocol.data_received(b"ur")
+            assert protocol.exchange
+            assert len(protocol.exchange.body) == 2
+            assert not connection.sent
+            await asyncio.sleep(0)
+
+        self.run(test)
+
+    def test_no_more_is_read_than_there_is_room_for(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            protocol.data_received(REQUEST * HIGH_WATER_LIMIT)
+            assert connection.is_paused
+
+        self.run(test)
+
+    def test_reading_goes_on_when_it_was_taken_in(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nX: ")
+            protocol.data_received(b"x" * HIGH_WATER_LIMIT)
+            assert connection.is_paused
+            await asyncio.sleep(0)
+            assert not connection.is_paused
+
+        self.run(test)
+
+    def test_who_leaves_is_not_asked_for(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            protocol.connection_lost(None)
+            await asyncio.sleep(0)
+            assert not protocol.tasks
+            assert not connection.sent
+
+        self.run(test)
+
+    def test_is_no_idleness(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            protocol.data_received(REQUEST + b"four")
+            await asyncio.sleep(0)
+            assert connection.sent.endswith(b"four")
+            self.use_up_the_time()
+            protocol.data_received(REQUEST + b"more")
+            self.now += 76
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+
+        self.run(test)
+
+    def test_is_not_lost_when_the_service_stops(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            protocol.shutdown()
+            assert len(protocol.tasks) == 1
+            assert not connection.is_closed
+            await asyncio.sleep(0)
+
+        self.run(test)
