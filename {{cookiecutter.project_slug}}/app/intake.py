@@ -1,11 +1,15 @@
 """Takes in what connections bring, so that hundreds at once cost each little more than one does.
 
-For a while in each turn of the event loop. What comes after that stays as it came, and is read in
-its order in the next turns: others, such as probes, are heard in between.
+Requests are taken as far as they get by thirty-twos, and the event loop has turns as long as all
+that has come takes. Unless somebody new knocks, who may be a probe: then what comes stays as it
+came, to be read in its order in later turns, and the new one is heard in between.
 """
 
 import asyncio
+import select
+import socket
 from collections import deque
+from collections.abc import Iterable
 from time import monotonic
 from typing import Protocol
 
@@ -16,7 +20,15 @@ TOGETHER = 32
 before the next are read: what they are about is in the CPU's cache then."""
 
 SLICE_S = 0.003
-"""How long requests are taken in before others are heard (docs/performance.md of the template)."""
+"""How long requests are taken in before it is seen who knocks."""
+
+LONGEST_S = 0.05
+"""How long they are taken in at the most, if nobody does (docs/performance.md of the template).
+Who is connected already, as a scraper may be, is not heard to knock."""
+
+HASTE_S = 0.03
+"""How long there are no more than slices, once somebody has: to be accepted, read and answered
+takes some turns."""
 
 
 class Connection(Protocol):
@@ -33,20 +45,30 @@ class Intake:
         self._jobs: list[Job] = []
         self._left: deque[Connection] = deque()
         self._is_due = False
+        self._look_at = 0.0
+        """When to see who knocks."""
+
         self._until = 0.0
-        """When to stop. Zero while some are left, who come first."""
+        """When to stop."""
+
+        self._haste_until = 0.0
+        self._door = select.poll()
+
+    def watch(self, sockets: Iterable[socket.socket]) -> None:
+        """Hear who knocks at `sockets`."""
+        for listening in sockets:
+            self._door.register(listening, select.POLLIN)
 
     def has_time(self, now: float, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether what has come `now`, by `monotonic`, can be read at once."""
         if not self._is_due:
-            self._until = now + SLICE_S
             self._is_due = True
             loop.call_soon(self._go_on, loop)
-        return now < self._until
+            self._start(now)
+        return not self._left and (now < self._look_at or self._may_go_on(now))
 
     def leave(self, connection: Connection) -> None:
         """Have what it has brought taken in later."""
-        self._until = 0.0
         self._left.append(connection)
 
     def put(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
@@ -58,11 +80,29 @@ class Intake:
             self._begin()
         self._jobs.append(job)
 
+    def hurry(self, now: float) -> None:
+        """Somebody has knocked, and is to be heard soon."""
+        self._haste_until = now + HASTE_S
+
+    def _start(self, now: float) -> None:
+        self._look_at = now + SLICE_S
+        self._until = now + LONGEST_S
+
+    def _may_go_on(self, now: float) -> bool:
+        if now >= self._until or now < self._haste_until:
+            return False
+        if self._door.poll(0):
+            self.hurry(now)
+            return False
+        self._look_at = now + SLICE_S
+        return True
+
     def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        until = monotonic() + SLICE_S
+        self._start(now := monotonic())
         try:
-            while self._left and monotonic() < until:
+            while self._left and (now < self._look_at or self._may_go_on(now)):
                 self._left.popleft().take_in()
+                now = monotonic()
         finally:
             self._is_due = bool(self._left)
             if self._is_due:

@@ -238,6 +238,10 @@ class Protocol(HttpToolsProtocol):
         # Of app.api.middleware.
         self._plain_paths: Mapping[bytes, str] = getattr(self.app, "plain_paths", {})
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.intake.hurry(monotonic())
+
     def usual_header_lines(self) -> bytes:
         """Those of every answer, which change once a second."""
         headers = self.server_state.default_headers

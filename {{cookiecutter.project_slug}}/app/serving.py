@@ -100,6 +100,7 @@ async def _serve(worker: Worker, config: Config) -> None:
             end(1)
     # The bare sockets, as uvloop and gunicorn's wrappers would both close their descriptors.
     listening = [listener.sock for listener in worker.sockets]
+    Protocol.intake.watch(listening)
     again = [sock.dup() for sock in listening for _ in range(ACCEPTED_TOGETHER - 1)]
     await server.serve(sockets=listening + again)
     heartbeat.cancel()

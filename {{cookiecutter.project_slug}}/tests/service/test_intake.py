@@ -1,12 +1,14 @@
 """Taking requests in: together, for a while, and each in its turn."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from app.intake import SLICE_S, TOGETHER, Intake
+from app.intake import HASTE_S, LONGEST_S, SLICE_S, TOGETHER, Intake
 from app.jobs import Job
 
 
@@ -65,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Connection:
-    """Brings a request whose job takes some time."""
+    """Brings a request that takes a quarter of a slice."""
 
     def __init__(self, number: int, intake: Intake, clock: Clock, taken: list[int]) -> None:
         self.number, self.intake, self.clock, self.taken = number, intake, clock, taken
@@ -79,28 +81,96 @@ class Connection:
             self.intake.leave(self)
 
     def take_in(self) -> None:
-        # A little more than a quarter, whatever is rounded.
+        # A little more, whatever is rounded.
         self.clock.now += SLICE_S / 3.99
         self.intake.put(job(lambda: self.taken.append(self.number)), asyncio.get_running_loop())
 
 
-def test_after_a_while_the_rest_waits_for_later_turns_in_its_order(clock: Clock) -> None:
+def knock(listening: socket.socket) -> socket.socket:
+    return socket.create_connection(listening.getsockname(), timeout=30)
+
+
+def test_when_somebody_knocks_the_rest_waits_for_later_turns_in_its_order(clock: Clock) -> None:
     async def test() -> None:
         intake, taken = Intake(), list[int]()
-        for number in range(10):
-            Connection(number, intake, clock, taken).bring()
-        assert not taken
-        await asyncio.sleep(0)
-        assert taken == list(range(8))
-        # There would be time, but others were before.
-        Connection(10, intake, clock, taken).bring()
-        assert len(taken) == 8
-        await asyncio.sleep(0)
-        assert taken == list(range(11))
-        await asyncio.sleep(0)
-        Connection(11, intake, clock, taken).bring()
-        await asyncio.sleep(0)
-        assert taken == list(range(12))
+        with closing(socket.create_server(("127.0.0.1", 0))) as listening, knock(listening):
+            intake.watch([listening])
+            for number in range(10):
+                Connection(number, intake, clock, taken).bring()
+            assert not taken
+            await asyncio.sleep(0)
+            assert taken == list(range(8))
+            # There would be time, but others were before.
+            Connection(10, intake, clock, taken).bring()
+            assert len(taken) == 8
+            await asyncio.sleep(0)
+            assert taken == list(range(11))
+            await asyncio.sleep(0)
+            Connection(11, intake, clock, taken).bring()
+            await asyncio.sleep(0)
+            assert taken == list(range(12))
+
+    asyncio.run(test())
+
+
+def test_until_somebody_knocks_a_turn_is_long(clock: Clock) -> None:
+    async def test() -> None:
+        intake, taken = Intake(), list[int]()
+        with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+            intake.watch([listening])
+            for number in range(20):
+                Connection(number, intake, clock, taken).bring()
+            with knock(listening):
+                for number in range(20, 40):
+                    Connection(number, intake, clock, taken).bring()
+                listening.accept()[0].close()
+            # It is accepted, and has to be answered.
+            await asyncio.sleep(0)
+            assert taken == list(range(len(taken)))
+            assert 20 < len(taken) <= 28
+            clock.now += HASTE_S
+            # There is time again, but others were before.
+            Connection(40, intake, clock, taken).bring()
+            await asyncio.sleep(0)
+            assert taken == list(range(41))
+
+    asyncio.run(test())
+
+
+def test_it_is_seen_who_knocks_once_in_a_slice(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Door:
+        looks = 0
+
+        def poll(self, _: int) -> list[tuple[int, int]]:
+            self.looks += 1
+            return []
+
+    async def test() -> None:
+        intake, door = Intake(), Door()
+        monkeypatch.setattr(intake, "_door", door)
+        for number in range(41):
+            Connection(number, intake, clock, []).bring()
+        assert door.looks == 10
+
+    asyncio.run(test())
+
+
+def test_no_turn_is_longer_than_that(clock: Clock) -> None:
+    async def test() -> None:
+        intake, taken = Intake(), list[int]()
+        with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+            intake.watch([listening])
+            for number in range(180):
+                Connection(number, intake, clock, taken).bring()
+            assert LONGEST_S <= clock.now < LONGEST_S + SLICE_S
+            await asyncio.sleep(0)
+            assert LONGEST_S / SLICE_S * 4 < len(taken) < 180
+            assert clock.now < 2 * (LONGEST_S + SLICE_S)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert taken == list(range(180))
 
     asyncio.run(test())
 
@@ -115,7 +185,7 @@ def test_one_that_fails_does_not_hold_up_the_others(clock: Clock) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         intake, taken = Intake(), list[int]()
         intake.has_time(clock.now, asyncio.get_running_loop())
-        clock.now = SLICE_S
+        clock.now = LONGEST_S
         for connection in (Broken, Connection):
             connection(1, intake, clock, taken).bring()
         await asyncio.sleep(0)

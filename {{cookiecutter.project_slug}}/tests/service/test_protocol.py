@@ -11,7 +11,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.server import ServerState
 
-from app.intake import SLICE_S, TOGETHER, Intake
+from app.intake import LONGEST_S, SLICE_S, TOGETHER, Intake
 from app.protocol import Exchange, Outbox, Protocol
 
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
@@ -241,7 +241,7 @@ class TestNoTime:
 
     def use_up_the_time(self) -> None:
         Protocol.intake.has_time(self.now, asyncio.get_running_loop())
-        self.now += SLICE_S
+        self.now += LONGEST_S
 
     def run(self, test: Callable[[Protocol, Connection], Coroutine[Any, Any, None]]) -> None:
         """With an app that answers with the body, and to a GET with nothing."""
@@ -318,7 +318,7 @@ class TestNoTime:
             for _ in range(3):
                 await asyncio.sleep(0)
             protocol.data_received(REQUEST + b"fo")
-            self.now += SLICE_S
+            self.now += LONGEST_S
             protocol.data_received(b"ur")
             assert protocol.exchange
             assert len(protocol.exchange.body) == 2
