@@ -59,6 +59,12 @@ CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 SHARES = [0.5, 0.9]
 """Of the capacity, in the open loop."""
 
+TRIALS = 4
+"""At three quarters of the capacity, until the machine is as fast afterwards as it was before."""
+
+STEADY = 0.9
+"""It is if at least so much of what was answered before is answered afterwards."""
+
 KNOWN = [0.0, 0.5, 1.0]
 """Shares of requests that were sent before, in the section on the cache."""
 
@@ -455,11 +461,22 @@ def _longest_waits(bench: Bench, workload: str) -> list[Measurement]:
 
 
 def _at_three_quarters(about: Measurement, usual: "Running", running: "Running") -> Measurement:
-    """Of what `usual` can do, what `running` does."""
-    rate = 0.75 * usual.load(MANY).per_s
-    result = running.load(OPEN_LOOP_CONNECTIONS, rate=rate)
-    due = (result.sent + result.unsent) / running.bench.seconds
-    return show(about | {"due_per_s": due, "share": result.per_s / due}, result)
+    """Of what `usual` can do, what `running` does.
+
+    If the machine became slower meanwhile, it was more than three quarters of what anybody could
+    do. What `usual` can do afterwards tells, and then it is tried again.
+    """
+    for trial in range(1, TRIALS + 1):
+        before = usual.load(MANY).per_s
+        result = running.load(OPEN_LOOP_CONNECTIONS, rate=0.75 * before)
+        left = usual.load(MANY).per_s / before
+        due = (result.sent + result.unsent) / running.bench.seconds
+        is_steady = left >= STEADY
+        these = {"trial": trial, "left": left, "is_steady": is_steady}
+        found = show(about | these | {"due_per_s": due, "share": result.per_s / due}, result)
+        if is_steady:
+            break
+    return found
 
 
 def gpu(bench: Bench) -> list[Measurement]:

@@ -38,8 +38,15 @@ control_socket_disable = True
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
+CHECK = "from app.main import create_app; create_app()"
+"""Whether there could be a worker, with the settings and the predictor files as they are now."""
+
+
 def on_starting(server: Any) -> None:
-    """Let a stop of the whole service refuse connections before it closes the socket."""
+    """Let a stop of the whole service refuse connections before it closes the socket, and a reload
+    that would end the service change nothing."""
+    import subprocess
+
     from app.worker import refuse_new_connections
 
     # SIGUSR2 starts another gunicorn so; by itself it would say `gunicorn`, as sys.argv does.
@@ -54,6 +61,23 @@ def on_starting(server: Any) -> None:
         stop(graceful)
 
     server.stop = refuse_and_stop
+    reload = server.reload
+
+    def check_and_reload() -> None:
+        # What is checked counts nothing.
+        environment = {**os.environ}
+        environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
+        command = [sys.executable, "-c", CHECK]
+        checked = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+        if checked.returncode:
+            why = checked.stderr.strip().rpartition("\n")[2]
+            server.log.error("Not reloaded, all goes on as it was. %s", why)
+        else:
+            reload()
+
+    server.reload = check_and_reload
 
 
 # With several workers, each counts into files of its own, and /metrics adds them up. A worker goes

@@ -1,17 +1,16 @@
 """Takes in what connections bring, so that hundreds at once cost each little more than one does.
 
-Requests are taken as far as they get by thirty-twos, and the event loop has turns as long as all
-that has come takes. Unless somebody new knocks, who may be a probe: then what comes stays as it
-came, to be read in its order in later turns, and the new one is heard in between.
+Requests are taken as far as they get by thirty-twos, and a turn of the event loop takes in all that
+has come, or as much as it may. But once somebody new knocks, who may be a probe, what comes stays
+as it came, to be read in its order in later turns, and the new one is heard in between.
 """
 
 import asyncio
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Protocol
 
 from app.jobs import Job
 
@@ -23,27 +22,24 @@ SLICE_S = 0.003
 """How long requests are taken in before it is seen who knocks."""
 
 LONGEST_S = 0.05
-"""How long they are taken in at the most, if nobody does (docs/performance.md of the template).
-Who is connected already, as a scraper may be, is not heard to knock."""
+"""How long they are taken in at one go, if nobody does (docs/performance.md of the template): first
+those that were left, then those that come. Who is connected already, as a scraper may be, is not
+heard to knock."""
 
 HASTE_S = 0.03
 """How long there are no more than slices, once somebody has: to be accepted, read and answered
 takes some turns."""
 
 
-class Connection(Protocol):
-    def take_in(self) -> None:
-        """Read what it has brought, if it is still there."""
-
-
 class Intake:
-    """Of all connections. A request's job begins in the turn of the event loop after it was read,
-    when it is known whether it has come alone, and mostly its body is there; or with enough others.
+    """Of all connections. The job of a request that is read as it comes begins in the next turn of
+    the event loop, when it is known whether it has come alone, and mostly its body is there; or
+    with enough others.
     """
 
     def __init__(self) -> None:
         self._jobs: list[Job] = []
-        self._left: deque[Connection] = deque()
+        self._left: deque[Callable[[], object]] = deque()
         self._is_due = False
         self._look_at = 0.0
         """When to see who knocks."""
@@ -59,22 +55,24 @@ class Intake:
         for listening in sockets:
             self._door.register(listening, select.POLLIN)
 
+    def watch_no_more(self) -> None:
+        """They will be closed."""
+        self._door = select.poll()
+
     def has_time(self, now: float, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether what has come `now`, by `monotonic`, can be read at once."""
         if not self._is_due:
-            self._is_due = True
-            loop.call_soon(self._go_on, loop)
-            self._start(now)
+            self._go_on_soon(now, loop)
         return not self._left and (now < self._look_at or self._may_go_on(now))
 
-    def leave(self, connection: Connection) -> None:
-        """Have what it has brought taken in later."""
-        self._left.append(connection)
+    def leave(self, take_in: Callable[[], object]) -> None:
+        """Have `take_in` called when it is the turn of what has come now."""
+        self._left.append(take_in)
 
     def put(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         """Have `job` begun."""
         if not self._is_due:
-            self.has_time(monotonic(), loop)
+            self._go_on_soon(monotonic(), loop)
         elif len(self._jobs) >= TOGETHER:
             # Before this one, whose body may not have been read yet.
             self._begin()
@@ -83,6 +81,11 @@ class Intake:
     def hurry(self, now: float) -> None:
         """Somebody has knocked, and is to be heard soon."""
         self._haste_until = now + HASTE_S
+
+    def _go_on_soon(self, now: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_due = True
+        loop.call_soon(self._go_on, loop)
+        self._start(now)
 
     def _start(self, now: float) -> None:
         self._look_at = now + SLICE_S
@@ -101,13 +104,13 @@ class Intake:
         self._start(now := monotonic())
         try:
             while self._left and (now < self._look_at or self._may_go_on(now)):
-                self._left.popleft().take_in()
+                self._left.popleft()()
                 now = monotonic()
         finally:
             self._is_due = bool(self._left)
             if self._is_due:
                 loop.call_soon(self._go_on, loop)
-        self._begin()
+            self._begin()
 
     def _begin(self) -> None:
         # Those that are put meanwhile wait for the next turn.

@@ -138,6 +138,11 @@ class Exchange(RequestResponseCycle):
         """Whether `respond` would send an answer."""
         return self.keep_alive and not (self.response_started or self.flow.write_paused)
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether more of it has come than was read."""
+        return bool(self._protocol.unread)
+
     def wake_receiver(self) -> None:
         """There is something to receive."""
         if self._event:
@@ -223,9 +228,9 @@ class Protocol(HttpToolsProtocol):
     """Whether the parser has seen the begin of a request and not its end."""
 
     received = 0.0
-    """When what is being read has come, by `monotonic`."""
+    """When what is being read has come, or the first of it, by `monotonic`."""
 
-    _unread = b""
+    unread = b""
     """What has come and waits to be taken in."""
 
     _idle_since: float | None = None
@@ -345,7 +350,7 @@ class Protocol(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.timeout_keep_alive_task = None
-        if self._idle_since is None:
+        if self._idle_since is None or self.unread:
             return
         left = self._idle_since + self.timeout_keep_alive - monotonic()
         if left > 0:
@@ -378,35 +383,40 @@ class Protocol(HttpToolsProtocol):
         return job
 
     def shutdown(self) -> None:
-        self.outbox.send()
         self.take_in()
+        self.outbox.send()
         super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         now = monotonic()
-        if not self._unread and (self.intake.has_time(now, self.loop) or self._is_urgent(data)):
+        if not self.unread and (self.intake.has_time(now, self.loop) or self._is_urgent(data)):
             self.received = now
             self._read(data)
-        elif self._unread:
-            self._unread += data
-            if len(self._unread) > HIGH_WATER_LIMIT:
-                self.flow.pause_reading()
-        else:
+            return
+        if not self.unread:
             self.received = now
-            self._unread = data
             # It is not idle any more.
             self._idle_since = None
-            self.intake.leave(self)
+            self.intake.leave(self.take_in)
+        self.unread += data
+        if len(self.unread) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
 
     def _is_urgent(self, data: bytes) -> bool:
-        """Whether it is no prediction, but a probe or a scrape."""
+        """Whether it can be no prediction, but a probe or a scrape."""
         return not (self.is_in_message or data.startswith(b"POST"))
 
     def take_in(self) -> None:
-        data, self._unread = self._unread, b""
+        """Read what was left, if the connection is still there."""
+        data, self.unread = self.unread, b""
         if data and self.parser:
             self.flow.resume_reading()
-            self._read(data)
+            try:
+                self._read(data)
+            except BaseException:
+                # As uvloop does, if it is told of data.
+                self.transport.abort()
+                raise
 
     def _read(self, data: bytes) -> None:
         # Java's HttpClient offers HTTP/2 with every request over plain HTTP. The parser would

@@ -201,6 +201,7 @@ class DrainingServer(Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.lifecycle.drain()
         await asyncio.sleep(ACCEPT_S)
+        Protocol.intake.watch_no_more()
         for server in self.servers:
             server.close()
         if self.server_state.connections and self.lifecycle.is_ending:

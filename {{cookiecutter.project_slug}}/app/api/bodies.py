@@ -10,8 +10,8 @@ from app.errors import BodyTimeout, BodyTooLarge
 from app.jobs import Job
 
 SMALL_BYTES = 16 * 1024
-"""A body of this size takes no more than the rows that are read from it, whose number is bounded:
-it is not counted, which takes time."""
+"""A body of this size takes hardly more than the rows that are read from it, whose number is
+bounded. To count it as well would take time."""
 
 Reader = asyncio.Task[Any] | Job
 """Who waits for a body."""
@@ -56,7 +56,7 @@ class Bodies:
     async def read(
         self, receive: Receive, reader: Reader, declared: bytes, deadline: float
     ) -> bytes:
-        """The whole body, which is held if it is not small.
+        """The whole body, which is held if it is not small; nothing is, if this raises.
 
         Args:
             declared: what the header says of the number of bytes; nothing, if it does not.
@@ -64,7 +64,7 @@ class Bodies:
 
         Raises:
             BodyTooLarge: it has more bytes than are allowed; at most that many were read.
-            BodyTimeout: it was not there by the deadline.
+            BodyTimeout: it was not read by the deadline.
             NoRoom: there is none for it.
             ClientLeft: the client did.
         """

@@ -21,7 +21,14 @@ from app import inference
 from app.api.bodies import SMALL_BYTES, Bodies, ClientLeft, NoRoom
 from app.api.keys import ApiKeys
 from app.api.reply import RawHeaders
-from app.errors import FieldError, UnsupportedMediaType, invalid_fields, invalid_input
+from app.errors import (
+    BodyTimeout,
+    DeadlineExceeded,
+    FieldError,
+    UnsupportedMediaType,
+    invalid_fields,
+    invalid_input,
+)
 from app.inference import Answer, CacheStatus, CacheUse
 from app.metrics import RouteMetrics
 from app.predictor import BaseFeatures
@@ -280,6 +287,11 @@ class JsonRoute:
                 self._bodies.hold(len(content))
         except NoRoom:
             raise inference.no_room(self.model) from None
+        except BodyTimeout:
+            if call.exchange and call.exchange.has_unread:
+                # It was there, and there was no time for it.
+                raise DeadlineExceeded("The body was not read in time.") from None
+            raise
         call.bytes_held = len(content) if len(content) > SMALL_BYTES else 0
         return content
 

@@ -1,15 +1,24 @@
 """Bodies: how large one may be, how long one may take to come, and what all may take together."""
 
+import asyncio
 import json
 import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2 as httpx
 import pytest
+from pydantic import BaseModel
 
+from app.api.bodies import Bodies
+from app.api.json_route import Call, Endpoint, JsonRoute, Rules
+from app.api.keys import ApiKeys
+from app.errors import BodyTimeout, DeadlineExceeded, ServiceError
 from tests.service.server import Service, Start, assert_problem
 
 JSON = {"Content-Type": "application/json"}
@@ -62,6 +71,31 @@ def test_a_body_that_never_comes_is_not_waited_for(start: Start) -> None:
         answer = b"".join(iter(lambda: connection.recv(1000), b""))
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize(("has_come", "error"), [(False, BodyTimeout), (True, DeadlineExceeded)])
+def test_who_is_not_read_in_time_is_not_told_to_have_been_late(
+    has_come: bool, error: type[ServiceError]
+) -> None:
+    async def test() -> None:
+        model: Any = SimpleNamespace(admit=lambda _: None, cache=None, metrics=None)
+        endpoint = Endpoint(Body, Body, lambda _: [], lambda *_: b"", "", {})
+        route = JsonRoute("/predict", endpoint, model, Rules(0.01, ApiKeys([]), Bodies(100, 100)))
+        exchange: Any = SimpleNamespace(
+            take_content=lambda _: None,
+            asgi=({}, asyncio.Event().wait, None),
+            job=asyncio.current_task(),
+            has_unread=has_come,
+        )
+        call = Call("1", monotonic(), {b"content-type": b"application/json"}, exchange)
+        with pytest.raises(error):
+            await route.answer(call, None)
+
+    asyncio.run(test())
+
+
+class Body(BaseModel):
+    pass
 
 
 class TestManyBytes:

@@ -78,7 +78,7 @@ class Connection:
         if self.intake.has_time(self.clock.now, loop):
             self.take_in()
         else:
-            self.intake.leave(self)
+            self.intake.leave(self.take_in)
 
     def take_in(self) -> None:
         # A little more, whatever is rounded.
@@ -176,21 +176,36 @@ def test_no_turn_is_longer_than_that(clock: Clock) -> None:
 
 
 def test_one_that_fails_does_not_hold_up_the_others(clock: Clock) -> None:
-    class Broken(Connection):
-        def take_in(self) -> None:
-            raise ValueError
+    def fail() -> None:
+        raise ValueError
 
     async def test() -> None:
         told: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         intake, taken = Intake(), list[int]()
-        intake.has_time(clock.now, asyncio.get_running_loop())
-        clock.now = LONGEST_S
-        for connection in (Broken, Connection):
-            connection(1, intake, clock, taken).bring()
-        await asyncio.sleep(0)
+        first, second = (Connection(number, intake, clock, taken) for number in (1, 2))
+        first.bring()
+        intake.leave(fail)
+        second.bring()
+        intake.leave(fail)
         await asyncio.sleep(0)
         assert taken == [1]
-        assert [type(context["exception"]) for context in told] == [ValueError]
+        await asyncio.sleep(0)
+        assert taken == [1, 2]
+        assert [type(context["exception"]) for context in told] == [ValueError, ValueError]
+
+    asyncio.run(test())
+
+
+def test_sockets_that_are_closed_do_not_knock(clock: Clock) -> None:
+    async def test() -> None:
+        intake, taken = Intake(), list[int]()
+        with closing(socket.create_server(("127.0.0.1", 0))) as listening, knock(listening):
+            intake.watch([listening])
+            intake.watch_no_more()
+        for number in range(20):
+            Connection(number, intake, clock, taken).bring()
+        await asyncio.sleep(0)
+        assert taken == list(range(20))
 
     asyncio.run(test())

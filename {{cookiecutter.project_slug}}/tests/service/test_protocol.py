@@ -37,6 +37,9 @@ class Connection(asyncio.Transport):
     def close(self) -> None:
         self.is_closed = True
 
+    def abort(self) -> None:
+        self.is_closed = True
+
     def resume_reading(self) -> None:
         self.is_paused = False
 
@@ -330,6 +333,14 @@ class TestNoTime:
     def test_no_more_is_read_than_there_is_room_for(self) -> None:
         async def test(protocol: Protocol, connection: Connection) -> None:
             protocol.data_received(REQUEST + b"four")
+            assert not connection.is_paused
+            protocol.data_received(REQUEST * HIGH_WATER_LIMIT)
+            assert connection.is_paused
+
+        self.run(test)
+
+    def test_nor_at_once(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
             protocol.data_received(REQUEST * HIGH_WATER_LIMIT)
             assert connection.is_paused
 
@@ -367,6 +378,29 @@ class TestNoTime:
             self.now += 76
             protocol.timeout_keep_alive_handler()
             assert not connection.is_closed
+
+        self.run(test)
+
+    def test_is_no_idleness_when_the_one_before_is_answered(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            protocol._wait_for_request()
+            self.now += 76
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+
+        self.run(test)
+
+    def test_what_cannot_be_read_ends_the_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(_: bytes) -> None:
+            raise ValueError("x")
+
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four")
+            monkeypatch.setattr(protocol, "_read", fail)
+            with pytest.raises(ValueError, match="x"):
+                protocol.take_in()
+            assert connection.is_closed
 
         self.run(test)
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -113,12 +114,36 @@ def test_a_replacement_that_cannot_load_leaves_the_others_alone(
     assert service.process.poll() is None
 
 
-def test_a_reload_brings_new_workers_and_loses_nothing(start: Start) -> None:
+def test_a_reload_brings_new_workers_and_loses_nothing(start: Start, pipe: Path) -> None:
     service = start().wait_for("/ready")
-    service.signal(signal.SIGHUP)
+    with ThreadPoolExecutor() as pool:
+        request = pool.submit(service.predict, "gate", pipe=f"{pipe}", x=5)
+        with pipe.open("w") as gate:
+            # Open on both sides: the model is at work.
+            service.signal(signal.SIGHUP)
+            service.wait_until(lambda: times_loaded(service) == 2)
+            assert_answers(service, requests=10)
+            gate.write("go")
+        assert request.result().json()["prediction"]["said"] == "go"
     service.wait_until(lambda: service.log_lines("stopped"))
     assert_answers(service, requests=10)
     assert len(worker_pids(service)) == 2
+
+
+def test_a_reload_that_could_not_start_changes_nothing(
+    start_slow: Callable[..., Service], tmp_path: Path
+) -> None:
+    service = start_slow(WEB_CONCURRENCY=2)
+    before = worker_pids(service)
+    broken = tmp_path / "predictors" / "double.py"
+    broken.write_text("import nothing_of_that_name", encoding="utf-8")
+    service.signal(signal.SIGHUP)
+    service.wait_until(lambda: "Not reloaded" in service.log)
+    [line] = [line for line in service.log_lines() if "Not reloaded" in line["event"]]
+    assert line["level"] == "error"
+    assert "nothing_of_that_name" in line["event"]
+    assert worker_pids(service) == before
+    assert_answers(service)
 
 
 def test_another_gunicorn_goes_on_with_the_socket(start: Start) -> None:
