@@ -43,11 +43,11 @@ the learned wait answered with 32 connections just before. Best of a column in b
 """
 
 THREE_QUARTERS = """\
-At random times, three quarters of what the usual settings answered over 32 connections just before,
-with each longest wait (BATCH_MAX_WAIT_MS); medians over the rounds. What the usual settings answer
-just afterwards tells whether the machine became slower meanwhile, by more than a tenth: then it is
-tried again, three times at the most, and rounds that stay so are left out where there are others.
-The bare app is offered three quarters of its own.
+Each longest wait (BATCH_MAX_WAIT_MS): what the service answers over 32 connections, beside the
+usual settings just before; and of three quarters of that, at random times, what it answers. Medians
+over the rounds, each with a start of its own. If the same service answers less afterwards, by more
+than a tenth, the machine became slower, and it is tried again, three times at the most; rounds that
+stay so are left out where there are others.
 """
 
 
@@ -514,20 +514,20 @@ def _longest_waits(figures: Figures) -> str:
                 steady = [entry for entry in entries if entry["is_steady"]]
                 if not entries:
                     continue
-                due, per_s, p50_ms, p99_ms, share = (
+                of_usual, due, per_s, p50_ms, p99_ms, share = (
                     median(entry[what] for entry in steady or entries)
-                    for what in ("due_per_s", "per_s", "p50_ms", "p99_ms", "share")
+                    for what in ("of_usual", "due_per_s", "per_s", "p50_ms", "p99_ms", "share")
                 )
                 # Some of those that were due last are not to be answered in time.
                 verdict = "held" if share > 0.95 else "**collapsed**"
                 if not steady:
                     verdict = "the machine slowed down"
-                values = [*map(number, (due, per_s, p50_ms, p99_ms)), f"{share:.0%}"]
+                values = [*map(number, (of_usual, due, per_s, p50_ms, p99_ms)), f"{share:.0%}"]
                 of = f"{len(steady)} of {len(entries)}"
                 name = figures.titles.get(policy, policy)
                 rows.append([workload.upper(), name, str(wait_ms), *values, verdict, of])
-    head = ["", "policy", "BATCH_MAX_WAIT_MS", "due/s", "answered/s", "p50 ms", "p99 ms", "", ""]
-    return table([*head, "steady rounds"], rows)
+    head = ["", "policy", "BATCH_MAX_WAIT_MS", "capacity, ratio", "due/s", "answered/s"]
+    return table([*head, "p50 ms", "p99 ms", "", "", "steady rounds"], rows)
 
 
 def _gpu(figures: Figures) -> str:

@@ -434,11 +434,11 @@ def _policies_side_by_side(bench: Bench, workload: str, number: int) -> list[Mea
 
 
 def _longest_waits(bench: Bench, workload: str) -> list[Measurement]:
-    """At three quarters of the capacity, which no longest wait may make collapse.
+    """What no longest wait may spoil: the capacity, and that three quarters of it are answered.
 
-    The capacity is that of the usual settings in the same moment, as the machine's speed changes:
-    how often it changes for the worse before the end shows the bare app with a minimal batcher at
-    three quarters of its own.
+    The capacity is in comparison to the usual settings, by turns. The three quarters are of the
+    service's own: one start of a service may be a fifth slower than another for as long as it
+    lives. How much the machine takes shows the bare app with a minimal batcher.
     """
     found = []
     with ExitStack() as stack:
@@ -453,26 +453,29 @@ def _longest_waits(bench: Bench, workload: str) -> list[Measurement]:
                     environment = {"BATCH_POLICY": policy, "BATCH_MAX_WAIT_MS": str(wait_ms)}
                     with bench.serve(OURS, workload, environment) as running:
                         these = about | {"wait_policy": policy, "wait_ms": wait_ms}
-                        found.append(_at_three_quarters(these, usual, running))
+                        of_usual = usual.load(MANY).per_s
+                        found.append(_at_three_quarters(these, running, of_usual))
             if bare:
                 these = about | {"wait_policy": BATCHED, "wait_ms": WINDOW_MS}
-                found.append(_at_three_quarters(these, bare, bare))
+                found.append(_at_three_quarters(these, bare, usual.load(MANY).per_s))
     return found
 
 
-def _at_three_quarters(about: Measurement, usual: "Running", running: "Running") -> Measurement:
-    """Of what `usual` can do, what `running` does.
+def _at_three_quarters(about: Measurement, running: "Running", of_usual: float) -> Measurement:
+    """Of what `running` can do with 32 connections, in the open loop.
 
-    If the machine became slower meanwhile, it was more than three quarters of what anybody could
-    do. What `usual` can do afterwards tells, and then it is tried again.
+    If it can do less afterwards, the machine became slower meanwhile, and it was more than three
+    quarters of what anybody could do: then it is tried again.
     """
+    ratio = None
     for trial in range(1, TRIALS + 1):
-        before = usual.load(MANY).per_s
-        result = running.load(OPEN_LOOP_CONNECTIONS, rate=0.75 * before)
-        left = usual.load(MANY).per_s / before
+        capacity = running.load(MANY).per_s
+        # Later ones are not just after it.
+        ratio = ratio or capacity / of_usual
+        result = running.load(OPEN_LOOP_CONNECTIONS, rate=0.75 * capacity)
+        is_steady = running.load(MANY).per_s >= STEADY * capacity
         due = (result.sent + result.unsent) / running.bench.seconds
-        is_steady = left >= STEADY
-        these = {"trial": trial, "left": left, "is_steady": is_steady}
+        these = {"trial": trial, "is_steady": is_steady, "of_usual": ratio}
         found = show(about | these | {"due_per_s": due, "share": result.per_s / due}, result)
         if is_steady:
             break

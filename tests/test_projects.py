@@ -155,6 +155,7 @@ FILES = [
     "requirements/train.in",
     "tests/service/conftest.py",
     "tests/service/server.py",
+    "tests/service/collecting.py",
     "tests/service/redis_server.py",
     "tests/service/predictors/double.py",
     "tests/service/predictors/faulty.py",
@@ -176,6 +177,7 @@ FILES = [
     "tests/service/test_cache.py",
     "tests/service/test_canonical.py",
     "tests/service/test_drift.py",
+    "tests/service/test_failing_batches.py",
     "tests/service/test_failures.py",
     "tests/service/test_protocol.py",
     "tests/service/test_redis.py",
@@ -189,6 +191,7 @@ FILES = [
     "tests/service/test_stop.py",
     "tests/service/test_tensor.py",
     "tests/service/test_tracing.py",
+    "tests/service/test_waiting.py",
     "tests/service/test_workers.py",
     "tests/service/tls_proxy.py",
 ]

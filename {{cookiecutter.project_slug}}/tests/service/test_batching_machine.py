@@ -12,7 +12,7 @@ from app.batching import Collector, Limits
 from app.errors import DeadlineExceeded, NotReady, OutOfMemory, Overloaded, PredictionFailed
 from app.metrics import ModelMetrics
 from app.waiting import BatchCost, FixedWindow, LearnedReturns
-from tests.service.test_batching import JumpingSelector, ask
+from tests.service.collecting import JumpingSelector, ask
 
 MAX_ROWS = 4
 QUEUE_MAX_ROWS = 30

@@ -1,0 +1,211 @@
+"""What the collector makes of batches that fail: who is at fault, and how large they may be."""
+
+import asyncio
+import gc
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+from prometheus_client import REGISTRY
+
+from app.batching import MAX_RERUNS
+from app.errors import NotReady, OutOfMemory, Overloaded, PredictionFailed
+from tests.service.collecting import (
+    FAR,
+    Model,
+    ask,
+    collector,
+    run,
+    settle,
+    submit,
+)
+
+
+class TestFailing:
+    @pytest.mark.parametrize("poison", [{0}, {3}, {7}, {2, 5}, {0, 1, 2}])
+    def test_only_the_requests_at_fault_fail(self, poison: set[int]) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=8)
+            rows = ["poison" if number in poison else number for number in range(8)]
+            requests = [submit(collecting, row) for row in rows]
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            for number, answer in enumerate(answers):
+                if number in poison:
+                    assert isinstance(answer, PredictionFailed)
+                else:
+                    assert answer == [f"{number}!"]
+            errors = [id(answer) for answer in answers if isinstance(answer, Exception)]
+            assert len(set(errors)) == len(poison), "an exception object is shared"
+            assert len(model.batches) <= 1 + MAX_RERUNS
+
+        run(test())
+
+    def test_the_search_for_the_fault_is_bounded(self) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=200, queue_max_rows=200)
+            requests = [submit(collecting, "poison") for _ in range(200)]
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert all(isinstance(answer, PredictionFailed) for answer in answers)
+            assert len(model.batches) <= 1 + MAX_RERUNS
+
+        run(test())
+
+    def test_a_fault_of_any_other_kind_leaves_nobody_waiting(self) -> None:
+        async def test() -> None:
+            async def broken(rows: list[Any]) -> Sequence[Any]:
+                raise ZeroDivisionError(rows)
+
+            collecting = collector(lambda rows: asyncio.ensure_future(broken(rows)))
+            for _ in range(2):
+                with pytest.raises(PredictionFailed):
+                    await submit(collecting, "a")
+
+        run(test())
+
+    def test_nor_does_one_before_there_is_a_run(self) -> None:
+        async def test() -> None:
+            def broken(_: list[Any]) -> "asyncio.Future[Sequence[Any]]":
+                raise RuntimeError("no more threads")
+
+            collecting = collector(broken)
+            for _ in range(2):
+                with pytest.raises(PredictionFailed):
+                    await submit(collecting, "a")
+            assert collecting.is_idle
+
+        run(test())
+
+
+class TestCounting:
+    """What cannot be seen in an answer."""
+
+    labels: ClassVar = {"model": "tested", "version": "1"}
+
+    def counted(self, name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, self.labels | labels) or 0
+
+    def test_runs_of_halves(self) -> None:
+        async def test() -> None:
+            before = self.counted("inference_bisections_total")
+            collecting = collector(Model())
+            requests = [submit(collecting, row) for row in ("a", "b", "c", "poison")]
+            await asyncio.gather(*requests, return_exceptions=True)
+            # Of two and two, and of the two at fault one by one.
+            assert self.counted("inference_bisections_total") == before + 4
+
+        run(test())
+
+    @pytest.mark.parametrize(
+        ("reason", "deadline"), [("queue_full", FAR), ("deadline", 5.0), ("not_ready", FAR)]
+    )
+    def test_refusals(self, reason: str, deadline: float) -> None:
+        async def test() -> None:
+            before = self.counted("inference_rejected_total", reason=reason)
+            collecting = collector(Model(fixed=10), queue_max_rows=4)
+            await submit(collecting, "a")
+            requests = [submit(collecting, "a")]
+            await settle()
+            requests += [submit(collecting, *"bcd")]
+            await settle()
+            if reason == "not_ready":
+                collecting.drain()
+            rows = "e" if reason == "deadline" else "ef"
+            with pytest.raises((Overloaded, NotReady)):
+                await ask(collecting, rows, asyncio.get_running_loop().time() + deadline)
+            await settle()
+            assert self.counted("inference_rejected_total", reason=reason) == before + 1
+            await asyncio.gather(*requests)
+
+        run(test())
+
+
+class TestMemory:
+    """A model that runs out of it is asked for less."""
+
+    def test_the_batch_is_run_again_in_halves_and_later_ones_are_smaller(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 5
+            collecting = collector(model, max_rows=8)
+            # One request goes across the halves.
+            requests = [submit(collecting, *"abc"), submit(collecting, *"defgh")]
+            assert await asyncio.gather(*requests) == [
+                ["a!", "b!", "c!"],
+                ["d!", "e!", "f!", "g!", "h!"],
+            ]
+            assert [len(batch) for batch in model.batches] == [8, 4, 4]
+            assert await submit(collecting, *range(6)) == [f"{row}!" for row in range(6)]
+            assert [len(batch) for batch in model.batches[3:]] == [4, 2]
+
+        run(test())
+
+    def test_it_is_tried_once(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 1
+            collecting = collector(model, max_rows=8)
+            with pytest.raises(PredictionFailed):
+                await submit(collecting, *range(8))
+            assert [len(batch) for batch in model.batches] == [8, 4]
+            # It gets there in the end.
+            for _ in range(2):
+                await asyncio.wait([submit(collecting, *range(8))])
+            assert await submit(collecting, *range(8)) == [f"{row}!" for row in range(8)]
+
+        run(test())
+
+    def test_one_row_that_is_too_large_fails_and_changes_nothing(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 0
+            collecting = collector(model)
+            with pytest.raises(OutOfMemory, match="no memory"):
+                await submit(collecting, "a")
+            assert collecting.limits.max_rows == 4
+
+        run(test())
+
+
+class TestAllowedSizes:
+    @pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])
+    def test_a_batch_is_filled_up_to_the_next(self, rows: int, size: int) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=8, allowed_sizes=(1, 4, 8))
+            answer = await submit(collecting, *range(rows))
+            assert answer == [f"{row}!" for row in range(rows)]
+            assert [len(batch) for batch in model.batches] == [size]
+
+        run(test())
+
+    def test_memory_leaves_the_smaller_ones(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 4
+            collecting = collector(model, max_rows=8, allowed_sizes=(1, 3, 8))
+            answer = await submit(collecting, *range(7))
+            assert answer == [f"{row}!" for row in range(7)]
+            assert [len(batch) for batch in model.batches] == [8, 3, 3, 1]
+            assert collecting.limits.max_rows == 3
+
+        run(test())
+
+
+def test_a_failure_leaves_nothing_for_the_garbage_collector() -> None:
+    async def test() -> None:
+        collecting = collector(Model())
+
+        async def fail() -> None:
+            try:
+                await ask(collecting, ["poison"], FAR)
+            except PredictionFailed:
+                return
+
+        await fail()
+        gc.collect()
+        await fail()
+        assert gc.collect() == 0
+
+    run(test())
