@@ -5,7 +5,6 @@ import json
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
@@ -15,10 +14,11 @@ import httpx2 as httpx
 import pytest
 from pydantic import BaseModel
 
-from app.api.bodies import Bodies
+from app.api.bodies import SMALL_BYTES, Bodies, NoRoom
 from app.api.json_route import Call, Endpoint, JsonRoute, Rules
 from app.api.keys import ApiKeys
 from app.errors import BodyTimeout, DeadlineExceeded, ServiceError
+from app.predictor import BaseFeatures
 from tests.service.server import Service, Start, assert_problem
 
 JSON = {"Content-Type": "application/json"}
@@ -94,8 +94,88 @@ def test_who_is_not_read_in_time_is_not_told_to_have_been_late(
     asyncio.run(test())
 
 
+class Features(BaseFeatures):
+    x: float
+
+
 class Body(BaseModel):
-    pass
+    features: Features
+
+
+class Chunks:
+    """A body that comes when it is told to."""
+
+    def __init__(self) -> None:
+        self.coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    def send(self, number: int, *, more: bool) -> None:
+        body = b"x" * number
+        self.coming.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    def leave(self) -> None:
+        self.coming.put_nowait({"type": "http.disconnect"})
+
+    def read_by(self, bodies: Bodies) -> "asyncio.Task[bytes]":
+        async def read() -> bytes:
+            reader = asyncio.current_task()
+            assert reader
+            return await bodies.read(self.coming.get, reader, b"", monotonic() + 60)
+
+        return asyncio.create_task(read())
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_what_is_being_read_counts() -> None:
+    async def test() -> None:
+        bodies = Bodies(max_bytes=100_000, max_bytes_held=150_000)
+        first, second, small = Chunks(), Chunks(), Chunks()
+        reading = first.read_by(bodies)
+        first.send(SMALL_BYTES, more=True)
+        await settle()
+        assert bodies.bytes_held == 0
+        first.send(80_000, more=True)
+        await settle()
+        assert bodies.bytes_held == SMALL_BYTES + 80_000
+        refused = second.read_by(bodies)
+        second.send(40_000, more=True)
+        await settle()
+        second.send(40_000, more=True)
+        with pytest.raises(NoRoom):
+            await refused
+        # What it had held is free again, and small ones are not asked.
+        assert bodies.bytes_held == SMALL_BYTES + 80_000
+        small.send(SMALL_BYTES, more=False)
+        assert len(await small.read_by(bodies)) == SMALL_BYTES
+        first.send(1, more=False)
+        assert len(await reading) == SMALL_BYTES + 80_001
+        # Until the answer is made.
+        assert bodies.bytes_held == SMALL_BYTES + 80_001
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("ending", ["leaves", "cancelled", "too large"])
+def test_who_is_not_read_to_the_end_holds_nothing(ending: str) -> None:
+    async def test() -> None:
+        bodies, chunks = Bodies(max_bytes=100_000, max_bytes_held=150_000), Chunks()
+        reading = chunks.read_by(bodies)
+        chunks.send(90_000, more=True)
+        await settle()
+        assert bodies.bytes_held == 90_000
+        if ending == "leaves":
+            chunks.leave()
+        elif ending == "cancelled":
+            reading.cancel()
+        else:
+            chunks.send(20_000, more=True)
+        await asyncio.wait([reading])
+        assert bodies.bytes_held == 0
+
+    asyncio.run(test())
 
 
 class TestManyBytes:
@@ -107,49 +187,43 @@ class TestManyBytes:
         return start(CACHE_ENABLED=False, REQUEST_TIMEOUT_S=25, **limits).wait_for("/ready")
 
     @staticmethod
-    def post(service: Service, model: str = "double") -> httpx.Response:
-        path = f"/v1/models/{model}/predict"
-        return service.client.post(path, content=large_body(90_000), headers=JSON)
+    def post(service: Service) -> httpx.Response:
+        return service.client.post(PREDICT, content=large_body(90_000), headers=JSON)
 
-    def wait_for(self, service: Service, status: int) -> httpx.Response:
-        answers: list[httpx.Response] = []
+    @staticmethod
+    def ask_the_gate(connection: socket.socket, pipe: Path) -> None:
+        content = json.dumps({"features": {"pipe": f"{pipe}"}})
+        content = content[:-2].ljust(90_000) + content[-2:]
+        head = (
+            "POST /v1/models/gate/predict HTTP/1.1\r\nHost: x\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
+        connection.sendall((head + content).encode())
 
-        def is_so() -> bool:
-            answers.append(self.post(service))
-            return answers[-1].status_code == status
-
-        service.wait_until(is_so)
-        return answers[-1]
-
-    def test_what_is_being_read_counts(self, service: Service) -> None:
-        with half_sent(service, large_body(90_000)) as (connection, rest):
-            refused = self.wait_for(service, 429)
-            assert "Too many bytes" in assert_problem(refused, 429)["detail"]
-            assert int(refused.headers["retry-after"]) >= 1
-            # It was not for the number of requests, nor did the connection suffer.
-            assert service.predict("double", x=21).json()["prediction"] == {"y": 42}
-            connection.sendall(rest)
+    def test_what_waits_for_the_model_counts(self, service: Service, pipe: Path) -> None:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+            self.ask_the_gate(connection, pipe)
+            # Open on both sides: the model is at work.
+            with pipe.open("w") as gate:
+                refused = self.post(service)
+                assert "Too many bytes" in assert_problem(refused, 429)["detail"]
+                assert int(refused.headers["retry-after"]) >= 1
+                # It was not for the number of requests.
+                assert service.predict("double", x=21).json()["prediction"] == {"y": 42}
+                gate.write("go")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
         assert self.post(service).status_code == 200
         metrics = service.client.get("/metrics").text
         [count] = re.findall(r"\ninference_rejected_total.*double.*queue_bytes.*} (.*)", metrics)
-        assert float(count) >= 1
+        assert float(count) == 1
 
-    def test_what_waits_for_the_model_counts(self, service: Service, pipe: Path) -> None:
-        content = json.dumps({"features": {"pipe": f"{pipe}"}})
-        content = content[:-2].ljust(90_000) + content[-2:]
-        head = head_of("/v1/models/gate/predict", content)
+    def test_who_leaves_makes_room(self, service: Service, pipe: Path) -> None:
         with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
-            connection.sendall((head + content).encode())
-            self.wait_for(service, 429)
-            pipe.write_text("go")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        assert self.post(service).status_code == 200
-
-    def test_who_leaves_makes_room(self, service: Service) -> None:
-        with half_sent(service, large_body(90_000)):
-            self.wait_for(service, 429)
-        self.wait_for(service, 200)
+            self.ask_the_gate(connection, pipe)
+            with pipe.open("w"):
+                assert self.post(service).status_code == 429
+                connection.close()
+                service.wait_until(lambda: self.post(service).status_code == 200)
 
     def test_so_does_who_is_refused(self, service: Service) -> None:
         for content, status in ((large_body(90_000)[:-1], 422), (large_body(200_000), 413)):
@@ -162,18 +236,3 @@ class TestManyBytes:
 
 def large_body(size: int) -> str:
     return '{"features": {"x": 1}}'.ljust(size - 1).replace("}}", "}") + "}"
-
-
-def head_of(path: str, content: str) -> str:
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
-
-
-@contextmanager
-def half_sent(service: Service, content: str) -> Iterator[tuple[socket.socket, bytes]]:
-    """A connection that lacks a byte of its body, and that byte."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
-        connection.sendall((head_of(PREDICT, content) + content[:-1]).encode())
-        yield connection, content[-1:].encode()
