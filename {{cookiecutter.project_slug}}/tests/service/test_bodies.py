@@ -172,7 +172,7 @@ def test_who_is_not_read_to_the_end_holds_nothing(ending: str) -> None:
             reading.cancel()
         else:
             chunks.send(20_000, more=True)
-        await asyncio.wait([reading])
+        await asyncio.gather(reading, return_exceptions=True)
         assert bodies.bytes_held == 0
 
     asyncio.run(test())
