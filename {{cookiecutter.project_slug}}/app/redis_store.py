@@ -76,7 +76,7 @@ class _Questions(Generic[QuestionT, AnswerT]):
 
     def __init__(
         self,
-        exchange: Callable[[Sequence[QuestionT]], Awaitable[list[AnswerT]]],
+        exchange: Callable[[Sequence[QuestionT]], Awaitable[Sequence[AnswerT] | None]],
         breaker: Breaker,
         timeout_s: float,
     ) -> None:
@@ -132,9 +132,11 @@ class _Questions(Generic[QuestionT, AnswerT]):
             while self._wanted:
                 await self._gather()
                 wanted = _first_of(self._wanted)
-                self._resolve(wanted, await self._exchange(list(wanted)))
-                if self._breaker.state is not State.CLOSED:
+                answers = await self._exchange(list(wanted))
+                if answers is None:
+                    # Who has come meanwhile has waited as well, and is not to wait once more.
                     return
+                self._resolve(wanted, answers)
         finally:
             self._asking = None
             self._let_go(wanted)
@@ -239,7 +241,7 @@ class RedisStore:
         with suppress(Exception):
             await self._redis.aclose()
 
-    async def _look_up(self, names: Sequence[Name]) -> list[bytes | None]:
+    async def _look_up(self, names: Sequence[Name]) -> list[bytes | None] | None:
         started = perf_counter()
         try:
             [found] = await self._exchange([(b"MGET", *names)], self._timeout_s)
@@ -251,7 +253,7 @@ class RedisStore:
         # Redis-py and uvloop raise more than they document.
         except Exception as error:
             self._failed(self._reading, error)
-            return [None] * len(names)
+            return None
         self._reading.worked()
         self._metrics.lookup_seconds.observe(perf_counter() - started)
         known = dict(zip(names, found, strict=True))
@@ -260,14 +262,14 @@ class RedisStore:
             known |= {name: writes[name][0] or None for name in writes.keys() & known}
         return list(known.values())
 
-    async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool | None]:
+    async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool] | None:
         """Whether each was not there; with the milliseconds that it is to last."""
         try:
             commands = [(b"SET", name, b"", b"NX", b"PX", ttl_ms) for name, ttl_ms in locks]
             answers = await self._exchange(commands, self._timeout_s)
         except Exception as error:
             self._failed(self._writing, error)
-            return [None] * len(locks)
+            return None
         self._writing.worked()
         return [answer is not None for answer in answers]
 

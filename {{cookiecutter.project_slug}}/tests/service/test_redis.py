@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Self
@@ -19,7 +20,7 @@ import redis
 
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
-from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand
+from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand, _Questions
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import PROJECT, WAIT_S, Service, Start, make_certificate, publish
 from tests.service.test_batches import sample
@@ -586,3 +587,24 @@ class TestBreaker:
             tested.failed()
             now += LONGEST_PAUSE_S
             assert tested.allows()
+
+
+def test_who_came_during_an_exchange_that_fails_does_not_wait_for_another() -> None:
+    async def test() -> None:
+        asked: list[Sequence[str]] = []
+        has_begun, may_fail = asyncio.Event(), asyncio.Event()
+
+        async def exchange(questions: Sequence[str]) -> None:
+            asked.append(questions)
+            has_begun.set()
+            await may_fail.wait()
+
+        questions: _Questions[str, str] = _Questions(exchange, Breaker(lambda _: None), 60)
+        first = questions.ask("first", inf)
+        await has_begun.wait()
+        second = questions.ask("second", inf)
+        may_fail.set()
+        assert (await first, await second) == (None, None)
+        assert asked == [["first"]]
+
+    asyncio.run(test())
