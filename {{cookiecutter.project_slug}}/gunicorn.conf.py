@@ -45,8 +45,6 @@ CHECK = "from app.main import create_app; create_app()"
 def on_starting(server: Any) -> None:
     """Let a stop of the whole service refuse connections before it closes the socket, and a reload
     that would end the service change nothing."""
-    import subprocess
-
     from app.worker import refuse_new_connections
 
     # SIGUSR2 starts another gunicorn so; by itself it would say `gunicorn`, as sys.argv does.
@@ -64,6 +62,8 @@ def on_starting(server: Any) -> None:
     reload = server.reload
 
     def check_and_reload() -> None:
+        import subprocess
+
         # What is checked counts nothing.
         environment = {**os.environ}
         environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
