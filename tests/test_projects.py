@@ -165,6 +165,7 @@ FILES = [
     "tests/service/test_jobs.py",
     "tests/service/test_loadtest.py",
     "tests/service/test_logs.py",
+    "tests/service/test_lookups.py",
     "tests/service/test_memory.py",
     "tests/service/test_observers.py",
     "tests/service/test_platforms.py",

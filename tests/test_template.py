@@ -32,6 +32,7 @@ LAYERS = [
         "canonical",
         "memory_store",
         "known_bodies",
+        "token_bucket",
         "deadlines",
         "faults",
         "predictor",

@@ -9,6 +9,7 @@ predictions are kept, as JSON, and one that does not fit the schema when it is r
 import asyncio
 import hashlib
 import struct
+from binascii import hexlify
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from app.canonical import Canonical
 from app.flights import Flights, Key, Run
+from app.jobs import PromptFuture
 from app.known_bodies import MAX_BODY_BYTES, KnownBodies
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
@@ -26,6 +28,7 @@ from app.predictor import BaseFeatures, BasePrediction
 from app.runner import Outcome
 from app.shared_run import Others, SharedRun, Submit
 from app.tickets import Ticket, outcomes_of
+from app.token_bucket import TokenBucket
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
@@ -38,6 +41,16 @@ prediction."""
 
 MAX_SKEW_S = 5.0
 """By so much the clock of another machine may be ahead."""
+
+VAIN_LOOKUPS = 1000
+VAIN_LOOKUPS_PER_S = 250
+"""For so many rows the shared store may be asked and have nothing: at once, and for how many more
+each second. A lookup takes longer than a small model does: where many ask, and seldom the same, it
+would cost a third of what the service can answer (docs/performance.md of the template)."""
+
+EARNED_BY_HIT = 16
+"""How many more lookups one that finds something pays for: where one in sixteen does, there is no
+bound."""
 
 Keys = tuple[Key, ...]
 
@@ -131,6 +144,9 @@ class ResponseCache:
         self._memory, self._shared = stores.memory, stores.shared
         self._ttl_s = times.keep
         self._lock_s = times.lock if stores.shared else 0
+        self._lookups = TokenBucket(VAIN_LOOKUPS_PER_S, VAIN_LOOKUPS)
+        """In the shared store, for rows that nobody may have asked for."""
+
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
         """None: it takes more than a body to know what row it holds."""
@@ -183,15 +199,18 @@ class ResponseCache:
             self.bodies.note(body, self.key(row))
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
-        """Of the only row, if nothing is known of it here and nobody asks the model for it, or
-        that is not to count: then it is to `lead`. None: `answer` does all there is to it."""
-        if self._shared or len(rows) != 1:
+        """Of the only row, if nothing is known of it here, nobody asks the model for it, and the
+        shared store is not to be asked, or all that is not to count: then it is to `lead`.
+        None: `answer` does all there is to it."""
+        if len(rows) != 1 or self._lock_s:
             return None
         try:
             key = self.key(rows[0])
         except TypeError:
             return None
         if not refresh and (key in self._flights.under_way or self._memory.get(key)):
+            return None
+        if not refresh and self._shared and self._may_look_up(1):
             return None
         self.metrics.missed(1)
         return key
@@ -293,8 +312,8 @@ class ResponseCache:
         known: dict[Key, _Known] = {}
         if not refresh:
             known = {key: found for key in row_of if (found := self._recall(key))}
-            if self._shared and len(known) < len(row_of):
-                unknown = [key for key in row_of if key not in known]
+            unknown = [key for key in row_of if key not in known]
+            if self._shared and unknown and self._may_look_up(len(unknown)):
                 known |= await self._recall_shared(self._shared, unknown, deadline)
             if len(known) == len(row_of):
                 oldest = min(known.values(), key=attrgetter("said"))
@@ -336,7 +355,7 @@ class ResponseCache:
         refresh: bool,
     ) -> Run:
         """Have the model asked of `rows`, for all who follow; to be ended by who called this."""
-        leader: asyncio.Future[Sequence[Outcome]] = self._loop.create_future()
+        leader: asyncio.Future[Sequence[Outcome]] = PromptFuture(loop=self._loop)
         if self._lock_s and self._shared and not refresh:
             row_of, others = dict(zip(keys, rows, strict=True)), self._others(self._shared, leader)
             ticket: Ticket[Outcome] = SharedRun(row_of, submit, leader, deadline, others)
@@ -384,6 +403,13 @@ class ResponseCache:
             self._memory.discard(key)
         return known
 
+    def _may_look_up(self, rows: int) -> bool:
+        """Whether the shared store is to be asked for so many rows."""
+        if self._lookups.take(rows):
+            return True
+        self.metrics.not_looked_up(rows)
+        return False
+
     async def _recall_shared(
         self, shared: SharedStore, keys: Sequence[Key], deadline: float
     ) -> Mapping[Key, _Known]:
@@ -404,12 +430,13 @@ class ResponseCache:
                 self._memory.put({key: _value(key, content, known.said)})
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
+            self._lookups.give(EARNED_BY_HIT)
         elif not self._is_ours(key, value):
             shared.discard(self._name(key))
         return known
 
     def _name(self, key: Key) -> bytes:
-        return self._prefix + key.hex().encode()
+        return self._prefix + hexlify(key)
 
     def _is_ours(self, key: Key, value: bytes) -> bool:
         return len(value) >= HEAD.size and HEAD.unpack_from(value)[::2] == (FORMAT, key[:16])

@@ -55,9 +55,12 @@ CONNECTING = 2
 GATHERING_S = 0.01
 """For so long writes wait for others: the more go together, the less each of them costs."""
 
+SET_PX = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nPX\r\n$%d\r\n%b\r\n"
+"""The one command of which there are many, as it is sent: an array of five strings, each behind its
+length. hiredis takes three times as long to say so, which is more than all else that a write
+takes."""
+
 Name = bytes
-Command = tuple[Any, ...]
-"""A name and arguments: bytes, text, and whole numbers."""
 
 QuestionT = TypeVar("QuestionT", bound=Hashable)
 AnswerT = TypeVar("AnswerT")
@@ -244,7 +247,7 @@ class RedisStore:
     async def _look_up(self, names: Sequence[Name]) -> list[bytes | None] | None:
         started = perf_counter()
         try:
-            [found] = await self._exchange([(b"MGET", *names)], self._timeout_s)
+            [found] = await self._exchange([packed(b"MGET", *names)], self._timeout_s)
             # A server that answers this with something else is none.
             if not isinstance(found, list) or len(found) != len(names):
                 raise TypeError("MGET gave no list of as many values")
@@ -265,7 +268,7 @@ class RedisStore:
     async def _set_new(self, locks: Sequence[tuple[Name, int]]) -> list[bool] | None:
         """Whether each was not there; with the milliseconds that it is to last."""
         try:
-            commands = [(b"SET", name, b"", b"NX", b"PX", ttl_ms) for name, ttl_ms in locks]
+            commands = [packed(b"SET", name, b"", b"NX", b"PX", ttl_ms) for name, ttl_ms in locks]
             answers = await self._exchange(commands, self._timeout_s)
         except Exception as error:
             self._failed(self._writing, error)
@@ -277,11 +280,15 @@ class RedisStore:
         waiting = self._unwritten
         for name in waiting.keys() & values.keys():
             self._unwritten_bytes -= len(waiting.pop(name)[0])
-        taken = dict(islice(values.items(), MAX_WRITES - len(waiting)))
-        if self._unwritten_bytes + sum(map(len, taken.values())) > MAX_WRITE_BYTES:
+        taken, room = values, MAX_WRITES - len(waiting)
+        if len(values) > room:
+            taken = dict(islice(values.items(), room))
+        size = sum(map(len, taken.values()))
+        if self._unwritten_bytes + size > MAX_WRITE_BYTES:
             taken = _first_bytes(taken, MAX_WRITE_BYTES - self._unwritten_bytes)
+            size = sum(map(len, taken.values()))
         waiting.update(zip(taken, zip(taken.values(), repeat(ttl_ms)), strict=True))
-        self._unwritten_bytes += sum(map(len, taken.values()))
+        self._unwritten_bytes += size
         if len(taken) < len(values):
             self._metrics.dropped.inc(len(values) - len(taken))
         if waiting and not self._writer:
@@ -324,8 +331,8 @@ class RedisStore:
         self._writing.worked()
         return True
 
-    async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
-        """Send `commands` together; what the server says to each.
+    async def _exchange(self, commands: Sequence[bytes], timeout_s: float) -> list[Any]:
+        """Send `commands`, which are packed, together; what the server says to each.
 
         Redis-py's client would take as long again for each exchange, and its packing, which is in
         Python for asynchronous connections, 4 us for a row.
@@ -334,7 +341,7 @@ class RedisStore:
         connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(timeout_s):
-                await connection.send_packed_command(map(hiredis.pack_command, commands))
+                await connection.send_packed_command(b"".join(commands))
                 answers: list[Any] = []
                 while len(answers) < len(commands):
                     answers.append(await connection.read_response())
@@ -413,8 +420,18 @@ def _at_hand(connection: Any, most: int) -> list[Any]:
     return answers
 
 
-def _write_one(name: Name, value: bytes, ttl_ms: int) -> Command:
-    return (b"SET", name, value, b"PX", ttl_ms) if ttl_ms else (b"DEL", name)
+def packed(*command: bytes | int) -> bytes:
+    """A name and its arguments, as they are sent."""
+    # Its type says that it takes one argument.
+    pack: Any = hiredis.pack_command
+    return pack(command)  # type: ignore[no-any-return]
+
+
+def _write_one(name: Name, value: bytes, ttl_ms: int) -> bytes:
+    if not ttl_ms:
+        return packed(b"DEL", name)
+    ttl = b"%d" % ttl_ms
+    return SET_PX % (len(name), name, len(value), value, len(ttl), ttl)
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:

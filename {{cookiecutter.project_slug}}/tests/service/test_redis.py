@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -20,7 +20,7 @@ import redis
 
 from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.metrics import StoreMetrics
-from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand, _Questions
+from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand, _Questions, packed
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import PROJECT, WAIT_S, Service, Start, make_certificate, publish
 from tests.service.test_batches import sample
@@ -357,7 +357,7 @@ class Connection:
     async def get_connection(self) -> Self:
         return self
 
-    async def send_packed_command(self, commands: Iterable[bytes]) -> None:
+    async def send_packed_command(self, commands: bytes) -> None:
         """To nobody."""
 
     async def read_response(self) -> Any:
@@ -499,13 +499,15 @@ def test_a_connection_that_an_exchange_has_failed_on_is_dropped() -> None:
 def test_answers_that_came_together_are_read_together(start_redis: StartRedis) -> None:
     async def test() -> None:
         store = RedisStore(start_redis().url, WAIT_S, StoreMetrics())
-        commands = [(b"SET", b"name%d" % number, b"value", b"NX") for number in range(100)]
+        names = [b"name%d" % number for number in range(100)]
+        commands = [packed(b"SET", name, b"value", b"NX") for name in names]
         assert await store._exchange(commands[:50], WAIT_S) == [b"OK"] * 50
         assert await store._exchange(commands, WAIT_S) == [None] * 50 + [b"OK"] * 50
+        failing = [*commands, packed(b"INCR", b"name1"), *commands]
         with pytest.raises(redis.ResponseError):
-            await store._exchange([*commands, (b"INCR", b"name1"), *commands], WAIT_S)
+            await store._exchange(failing, WAIT_S)
         # The answers behind that one are not taken for those of the next exchange.
-        assert await store._exchange([(b"GET", b"name1")], WAIT_S) == [b"value"]
+        assert await store._exchange([packed(b"GET", b"name1")], WAIT_S) == [b"value"]
         pool: Any = store._redis.connection_pool
         connection = await pool.get_connection()
         connection._parser._reader.feed(b"+OK\r\n$-1\r\n:1\r\n>1\r\n+told\r\n")
