@@ -44,9 +44,10 @@ MAX_SKEW_S = 5.0
 
 VAIN_LOOKUPS = 1000
 VAIN_LOOKUPS_PER_S = 250
-"""For so many rows the shared store may be asked and have nothing: at once, and for how many more
-each second. A lookup takes longer than a small model does: where many ask, and seldom the same, it
-would cost a third of what the service can answer (docs/performance.md of the template)."""
+"""For so many rows of a version of a model each process may ask the shared store in vain: at once,
+and for how many more each second. A lookup takes longer than a small model does: where many ask,
+and seldom the same, it would cost a third of what the service can answer (docs/performance.md of
+the template)."""
 
 EARNED_BY_HIT = 16
 """How many more lookups one that finds something pays for: where one in sixteen does, there is no
@@ -145,7 +146,7 @@ class ResponseCache:
         self._ttl_s = times.keep
         self._lock_s = times.lock if stores.shared else 0
         self._lookups = TokenBucket(VAIN_LOOKUPS_PER_S, VAIN_LOOKUPS)
-        """In the shared store, for rows that nobody may have asked for."""
+        """In the shared store, that may still be in vain."""
 
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
@@ -200,8 +201,8 @@ class ResponseCache:
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
         """Of the only row, if nothing is known of it here, nobody asks the model for it, and the
-        shared store is not to be asked, or all that is not to count: then it is to `lead`.
-        None: `answer` does all there is to it."""
+        shared store is not to be asked; or if it is to `refresh` what is known: then it is to
+        `lead`. None: `answer` does all there is to it."""
         if len(rows) != 1 or self._lock_s:
             return None
         try:
@@ -210,7 +211,7 @@ class ResponseCache:
             return None
         if not refresh and (key in self._flights.under_way or self._memory.get(key)):
             return None
-        if not refresh and self._shared and self._may_look_up(1):
+        if not refresh and self._shared and self._lookups_for(1):
             return None
         self.metrics.missed(1)
         return key
@@ -253,7 +254,11 @@ class ResponseCache:
         # As that does, in half the time.
         if not refresh:
             known = self._recall(key)
-            if known is None and self._shared:
+            if (
+                known is None
+                and self._shared
+                and (self._lock_s or key not in self._flights.under_way)
+            ):
                 value = await self._shared.get(self._name(key), deadline)
                 known = self._found(self._shared, key, value)
             if known:
@@ -313,7 +318,8 @@ class ResponseCache:
         if not refresh:
             known = {key: found for key in row_of if (found := self._recall(key))}
             unknown = [key for key in row_of if key not in known]
-            if self._shared and unknown and self._may_look_up(len(unknown)):
+            if self._shared and unknown:
+                unknown = unknown[: self._lookups_for(len(unknown))]
                 known |= await self._recall_shared(self._shared, unknown, deadline)
             if len(known) == len(row_of):
                 oldest = min(known.values(), key=attrgetter("said"))
@@ -403,12 +409,13 @@ class ResponseCache:
             self._memory.discard(key)
         return known
 
-    def _may_look_up(self, rows: int) -> bool:
-        """Whether the shared store is to be asked for so many rows."""
-        if self._lookups.take(rows):
-            return True
-        self.metrics.not_looked_up(rows)
-        return False
+    def _lookups_for(self, rows: int) -> int:
+        """For how many of so many rows the shared store is to be asked."""
+        # With locks it is asked before each run anyway.
+        asked = rows if self._lock_s else self._lookups.take(rows)
+        if asked < rows:
+            self.metrics.not_looked_up(rows - asked)
+        return asked
 
     async def _recall_shared(
         self, shared: SharedStore, keys: Sequence[Key], deadline: float

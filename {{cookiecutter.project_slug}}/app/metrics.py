@@ -68,7 +68,7 @@ _cache_hits = Counter("cache_hits_total", "Rows answered by the cache.", [*_MODE
 _cache_misses = Counter("cache_misses_total", "Rows that the cache did not have.", _MODEL)
 _cache_unasked = Counter(
     "cache_redis_unasked_total",
-    "Rows that Redis was not asked for, as it had nothing of too many others.",
+    "Rows that Redis was not asked for, as too many others were looked up in vain.",
     _MODEL,
 )
 _cache_bypasses = Counter(

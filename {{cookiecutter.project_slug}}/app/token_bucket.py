@@ -12,8 +12,8 @@ REFILL_S = 0.1
 class TokenBucket:
     """Holds `most` at once, and is full at first.
 
-    It is filled up ten times a second, and not all the time, so that those who have to do with as
-    little as can be had come after one another, and can go together.
+    It is filled up ten times a second, and not all the time, so that where there is little, those
+    who get some get it at the same moment.
     """
 
     def __init__(self, per_s: float, most: float, clock: Callable[[], float] = monotonic) -> None:
@@ -22,17 +22,16 @@ class TokenBucket:
         self._tokens = most
         self._filled_at = clock()
 
-    def take(self, tokens: int) -> bool:
-        """Whether there were any. Who takes more than there are leaves a debt."""
+    def take(self, tokens: int) -> int:
+        """So many of them as there are."""
         now = self._clock()
         seconds = now - self._filled_at
         if seconds >= REFILL_S:
             self._filled_at = now
             self.give(seconds * self._per_s)
-        if self._tokens <= 0:
-            return False
-        self._tokens -= tokens
-        return True
+        taken = min(tokens, int(self._tokens))
+        self._tokens -= taken
+        return taken
 
     def give(self, tokens: float) -> None:
         """Let so many more be taken."""

@@ -2,51 +2,45 @@
 
 import asyncio
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+from app import inference
 from app.cache import EARNED_BY_HIT, ResponseCache, Stores, Times
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
+from app.redis_store import _write_one, packed
 from app.token_bucket import TokenBucket
-from tests.service.test_cache import Answer, Features, Model, ask, cache, run, settle, ys
+from tests.service.test_cache import Features, Model, ask, cache, run, served, settle, ys
 
 
 class TestTokenBucket:
     def test_it_gives_so_much_a_second_and_what_was_saved_up(self) -> None:
         now = 0.0
-        bucket = TokenBucket(4, 4, clock=lambda: now)
-        assert [bucket.take(1) for _ in range(6)] == [True] * 4 + [False] * 2
+        bucket = TokenBucket(4, 8, clock=lambda: now)
+        assert [bucket.take(3) for _ in range(4)] == [3, 3, 2, 0]
         now += 0.5
-        assert [bucket.take(1) for _ in range(4)] == [True] * 2 + [False] * 2
+        assert [bucket.take(1) for _ in range(3)] == [1, 1, 0]
         now += 60
-        assert [bucket.take(1) for _ in range(6)] == [True] * 4 + [False] * 2
+        assert [bucket.take(5) for _ in range(3)] == [5, 3, 0]
 
     def test_it_is_filled_up_so_seldom_that_those_who_take_of_it_are_together(self) -> None:
         now = 0.0
         bucket = TokenBucket(16, 16, clock=lambda: now)
-        assert bucket.take(16)
+        assert bucket.take(16) == 16
         taken = []
         for step in range(1, 5):
             now = step / 16
             taken += [bucket.take(1) for _ in range(3)]
-        assert taken == [False, False, False, True, True, False] * 2
-
-    def test_who_takes_too_much_leaves_a_debt(self) -> None:
-        now = 0.0
-        bucket = TokenBucket(4, 4, clock=lambda: now)
-        assert bucket.take(8)
-        now += 1
-        assert not bucket.take(1)
-        now += 0.25
-        assert bucket.take(1)
+        assert taken == [0, 0, 0, 1, 1, 0] * 2
 
     def test_what_is_given_can_be_taken_but_not_saved_up(self) -> None:
-        bucket = TokenBucket(4, 4, clock=lambda: 0.0)
-        assert bucket.take(4)
+        bucket = TokenBucket(0, 4, clock=lambda: 0.0)
+        assert bucket.take(4) == 4
         bucket.give(2)
-        assert [bucket.take(1) for _ in range(3)] == [True, True, False]
+        assert [bucket.take(1) for _ in range(3)] == [1, 1, 0]
         bucket.give(100)
-        assert [bucket.take(1) for _ in range(5)] == [True] * 4 + [False]
+        assert [bucket.take(5) for _ in range(2)] == [4, 0]
 
 
 class Store:
@@ -66,10 +60,10 @@ class Store:
         self.values |= values
 
 
-def sharing(store: Any, lookups: float) -> ResponseCache:
-    """A cache that has nothing in memory, and so many lookups in all."""
+def sharing(store: Any, lookups: int, **more: Any) -> ResponseCache:
+    """A cache that has nothing in memory, and so many lookups in vain for ever."""
     metrics = CacheMetrics("sharing", "1")
-    cached = cache(stores=Stores(MemoryStore(0), store), metrics=metrics)
+    cached = cache(stores=Stores(MemoryStore(0), store), metrics=metrics, **more)
     cached._lookups = TokenBucket(0, lookups, clock=lambda: 0.0)
     return cached
 
@@ -93,24 +87,53 @@ def test_who_comes_alone_is_looked_up_until_too_much_was_in_vain() -> None:
     run(test)
 
 
-def test_rows_that_come_together_are_looked_up_until_too_much_was_in_vain() -> None:
+def test_who_is_not_looked_up_is_answered_together_and_kept_for_others() -> None:
+    async def test() -> None:
+        store, model = Store(), Model()
+        cached = sharing(store, 0)
+        its = served(cached, model)
+        terms: Any = SimpleNamespace(
+            timings=None, deadline=1e9, priority=0, body=None, is_alone=False, use="normal"
+        )
+        asking = [inference.predict(its, [Features(x=1)], terms) for _ in range(3)]
+        answers = await asyncio.gather(*asking)
+        assert [(answer.cache, answer.age_s) for answer in answers] == [("miss", None)] * 3
+        assert model.asked == [[1]]
+        await settle()
+        assert (store.asked, len(store.values)) == (0, 1)
+        terms.use = "refresh"
+        assert (await inference.predict(its, [Features(x=2)], terms)).cache == "bypass"
+        await settle()
+        assert (store.asked, len(store.values)) == (0, 2)
+        # Another process, which may look things up.
+        its, terms.use = served(sharing(store, 1), model), "normal"
+        answer = await inference.predict(its, [Features(x=2)], terms)
+        assert answer.cache == "hit"
+        assert model.asked == [[1], [2]]
+
+    run(test)
+
+
+def test_of_rows_that_come_together_as_many_are_looked_up_as_may_be() -> None:
     async def test() -> None:
         store, model = Store(), Model()
         cached = sharing(store, 3)
-        for rows, asked in (((1, 2), 2), ((3, 4), 4), ((5, 6), 4)):
+        before = unasked(cached)
+        for rows, asked in (((1, 2), 2), ((3, 4), 3), ((5, 6), 3)):
             answer = ask(cached, model, *map(float, rows))
             await settle()
             model.say()
             assert ys(await answer) == [2 * row for row in rows]
             assert store.asked == asked
-        # They are kept for others all the same.
         await settle()
+        assert unasked(cached) == before + 3
+        # They are kept for others all the same.
         assert len(store.values) == 6
 
     run(test)
 
 
-def test_what_finds_something_pays_for_others() -> None:
+def test_what_is_found_pays_for_others() -> None:
     async def test() -> None:
         store, model = Store(), Model()
         filling = ask(sharing(store, 1), model, 1.0)
@@ -118,25 +141,42 @@ def test_what_finds_something_pays_for_others() -> None:
         model.say()
         await filling
         await settle()
-        cached = sharing(store, 2 * EARNED_BY_HIT)
-        while not is_to_lead(cached, 2):
-            pass
-        assert ys(await ask(cached, model, 1.0)) == [2]
-        assert [is_to_lead(cached, 2) for _ in range(EARNED_BY_HIT)] == [False] * EARNED_BY_HIT
-        assert is_to_lead(cached, 2)
+        cached = sharing(store, EARNED_BY_HIT)
+        for _ in range(2):
+            leads = [is_to_lead(cached, 2) for _ in range(EARNED_BY_HIT + 1)]
+            assert leads == [False] * EARNED_BY_HIT + [True]
+            assert ys(await ask(cached, model, 1.0)) == [2]
 
     run(test)
 
 
-def test_who_refreshes_and_who_shares_runs_is_not_counted() -> None:
+def test_who_follows_a_run_and_who_refreshes_asks_nobody_else() -> None:
     async def test() -> None:
-        cached = sharing(Store(), 1)
-        assert is_to_lead(cached, 1, refresh=True)
-        assert not is_to_lead(cached, 1)
-        assert is_to_lead(cached, 1)
-        stores, metrics = Stores(MemoryStore(0), Store()), CacheMetrics("sharing", "1")  # type: ignore[arg-type]
-        locking = ResponseCache(["1"], (Features, Answer), stores, Times(60, 1), metrics)
-        locking._lookups = TokenBucket(0, 1, clock=lambda: 0.0)
-        assert not any(is_to_lead(locking, 1) for _ in range(3))
+        store, model = Store(), Model()
+        cached = sharing(store, 10)
+        asking = [ask(cached, model, 1.0)]
+        await settle()
+        asking += [ask(cached, model, 1.0) for _ in range(3)]
+        await settle()
+        model.say()
+        assert [ys(answer) for answer in await asyncio.gather(*asking)] == [[2]] * 4
+        assert store.asked == 1
+        assert is_to_lead(cached, 2, refresh=True)
 
     run(test)
+
+
+def test_where_processes_share_runs_all_is_looked_up() -> None:
+    async def test() -> None:
+        cached = sharing(Store(), 0, times=Times(60, 1))
+        assert not is_to_lead(cached, 1)
+        assert cached._lookups_for(5) == 5
+
+    run(test)
+
+
+def test_a_value_is_sent_as_hiredis_would_have_it() -> None:
+    for value in (b"", b"a", b"%d\r\n$3\r\n" * 100):
+        command = packed(b"SET", b"name %b", value, b"PX", 86_400_000)
+        assert _write_one(b"name %b", value, 86_400_000) == command
+    assert _write_one(b"name", b"", 0) == packed(b"DEL", b"name")
