@@ -108,6 +108,7 @@ FILES = [
     "app/tensor.py",
     "app/tensor_parser.py",
     "app/tickets.py",
+    "app/token_bucket.py",
     "app/traceparent.py",
     "app/tracing.py",
     "app/train.py",
