@@ -209,10 +209,11 @@ class ResponseCache:
             key = self.key(rows[0])
         except TypeError:
             return None
-        if not refresh and (key in self._flights.under_way or self._memory.get(key)):
-            return None
-        if not refresh and self._shared and self._lookups_for(1):
-            return None
+        if not refresh:
+            if key in self._flights.under_way or self._memory.get(key):
+                return None
+            if self._shared and self._lookups_for(1):
+                return None
         self.metrics.missed(1)
         return key
 
@@ -254,11 +255,7 @@ class ResponseCache:
         # As that does, in half the time.
         if not refresh:
             known = self._recall(key)
-            if (
-                known is None
-                and self._shared
-                and (self._lock_s or key not in self._flights.under_way)
-            ):
+            if known is None and self._shared and key not in self._flights.under_way:
                 value = await self._shared.get(self._name(key), deadline)
                 known = self._found(self._shared, key, value)
             if known:

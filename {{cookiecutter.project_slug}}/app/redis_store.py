@@ -422,9 +422,9 @@ def _at_hand(connection: Any, most: int) -> list[Any]:
 
 def packed(*command: bytes | int) -> bytes:
     """A name and its arguments, as they are sent."""
-    # Its type says that it takes one argument.
-    pack: Any = hiredis.pack_command
-    return pack(command)  # type: ignore[no-any-return]
+    # Its stub has a tuple of one.
+    sent: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]
+    return sent
 
 
 def _write_one(name: Name, value: bytes, ttl_ms: int) -> bytes:

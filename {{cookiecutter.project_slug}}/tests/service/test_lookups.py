@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from app import inference
 from app.cache import EARNED_BY_HIT, ResponseCache, Stores, Times
 from app.memory_store import MemoryStore
@@ -69,7 +71,8 @@ def sharing(store: Any, lookups: int, **more: Any) -> ResponseCache:
 
 
 def unasked(cached: ResponseCache) -> float:
-    return cached.metrics._unasked._value.get()  # type: ignore[no-any-return]
+    labels = {"model": cached.metrics.model, "version": cached.metrics.version}
+    return REGISTRY.get_sample_value("cache_redis_unasked_total", labels) or 0
 
 
 def is_to_lead(cached: ResponseCache, x: float, *, refresh: bool = False) -> bool:
