@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.contestants import contestants
 from benchmarks.plot import Bar, Panel, draw
-from benchmarks.sections import BATCHED, KNOWN, OURS, POLICIES
+from benchmarks.sections import AT_FIRST, BATCHED, KNOWN, MANY, OURS, POLICIES
 from benchmarks.workloads import WORKLOADS
 
 BARE, TUTORIAL = "bare_asgi", "tutorial_fastapi"
@@ -103,7 +103,9 @@ class Figures:
 
 CACHE = """This template over one connection and over 32: without the cache, with it in memory, and
 with Redis alone (CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the
-requests that were sent before; of the others, none comes twice.
+requests that were sent before; of the others, none comes twice. "At first" is before the cache of a
+quick model has been asked for 20,000 rows in vain: from then on it is asked for a few hundred a
+second, and the model for the others as without a cache, unless one in sixteen is found.
 """
 
 
@@ -173,13 +175,17 @@ TARGETS = [
 
 CACHE_TARGETS = [
     ("W1, 32 connections, all in memory, to none: throughput", 1.3, True,
-     ("per_s", "w1", 32, ("memory", "100%"), ("memory", "0%"))),
+     ("per_s", "w1", 32, ("memory", "100% at first"), ("memory", "0% at first"))),
     ("W1, 32 connections, all in memory, to none: p50", 1.0, False,
-     ("p50_ms", "w1", 32, ("memory", "100%"), ("memory", "0%"))),
+     ("p50_ms", "w1", 32, ("memory", "100% at first"), ("memory", "0% at first"))),
     ("W1, 32 connections, none in memory, to no cache: throughput", 0.92, True,
      ("per_s", "w1", 32, ("memory", "0%"), ("off", "0%"))),
+    ("the same at first", 0.92, True,
+     ("per_s", "w1", 32, ("memory", "0% at first"), ("off", "0% at first"))),
     ("W1, 32 connections, none in Redis, to no cache: throughput", 0.75, True,
      ("per_s", "w1", 32, ("redis", "0%"), ("off", "0%"))),
+    ("the same at first", 0.75, True,
+     ("per_s", "w1", 32, ("redis", "0% at first"), ("off", "0% at first"))),
     ("W2, 1 connection, all in Redis, to none: throughput", 10, True,
      ("per_s", "w2", 1, ("redis", "100%"), ("redis", "0%"))),
 ]  # fmt: skip
@@ -390,14 +396,18 @@ def _growth(figures: Figures) -> str:
 
 def _cache(figures: Figures) -> str:
     parts = ["## The response cache\n", CACHE]
+    known = [f"known {share:.0%}" for share in KNOWN]
+    in_order = [*known, *(point + AT_FIRST for point in known)]
 
     def median_of(what: str, workload: str, connections: int, tier: str, point: str) -> Number:
         asked = {"workload": workload, "connections": connections, "tier": tier, "point": point}
         return figures.median("cache", what, **asked)
 
-    points = [f"known {share:.0%}" for share in KNOWN]
     for workload in figures.values("cache", "workload"):
-        for connections in figures.values("cache", "connections"):
+        for connections in (1, MANY):
+            asked = {"workload": workload, "connections": connections}
+            measured = {entry["point"] for entry in figures.all("cache", **asked)}
+            points = [point for point in in_order if point in measured]
             rows = [
                 [tier]
                 + [

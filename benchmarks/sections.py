@@ -68,6 +68,14 @@ STEADY = 0.9
 KNOWN = [0.0, 0.5, 1.0]
 """Shares of requests that were sent before, in the section on the cache."""
 
+AT_FIRST = " at first"
+AT_FIRST_S = 0.75
+"""In which fewer rows are sent than a quick model's cache is asked for in vain (`VAIN_ROWS` of the
+service), and"""
+
+IN_VAIN_S = 4
+"""in which more are."""
+
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
 """More than are answered in a second, as none may come twice."""
 
@@ -517,7 +525,8 @@ def cache(bench: Bench) -> list[Measurement]:
     with redis_server(bench.cores.load) as redis:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
-            count = int(FRESH_PER_S[workload] * (LEARNING_S + 2 * bench.seconds))
+            seconds = AT_FIRST_S + LEARNING_S + IN_VAIN_S + 2 * bench.seconds
+            count = int(FRESH_PER_S[workload] * seconds)
             fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
             feeds = {share: mixed(known, fresh, share) for share in KNOWN}
             for number in range(1, bench.rounds + 1):
@@ -541,6 +550,12 @@ def _caches_side_by_side(
         exchanges = list(itertools.islice(feeds[key], most))
         return running[key].load(connections, seconds=seconds, exchanges=exchanges)
 
+    def load_all(turn: int, connections: int, seconds: float, when: str = "") -> None:
+        for tier, share in rotated(list(running), about["round"] + turn):
+            of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}{when}"}
+            result = load((tier, share), connections, seconds / CACHE_SLICES)
+            found.append(show(about | of | {"connections": connections}, result))
+
     with ExitStack() as stack:
         # What is compared runs one after the other: a machine that is shared changes by the second.
         for share, tier in itertools.product(KNOWN, TIERS):
@@ -551,12 +566,12 @@ def _caches_side_by_side(
             # It is warmed up with those that are to be known.
             running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
             feeds[key] = iter(mixtures[share])
-            load(key, MANY, LEARNING_S)
+        for turn in range(CACHE_SLICES):
+            load_all(turn, MANY, AT_FIRST_S, AT_FIRST)
+        for tier, share in running:
+            load((tier, share), MANY, LEARNING_S if share else IN_VAIN_S)
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
-            for tier, share in rotated(list(running), about["round"] + turn):
-                of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}"}
-                result = load((tier, share), connections, bench.seconds / CACHE_SLICES)
-                found.append(show(about | of | {"connections": connections}, result))
+            load_all(turn, connections, bench.seconds)
     return found
 
 

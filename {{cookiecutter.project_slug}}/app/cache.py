@@ -53,6 +53,12 @@ EARNED_BY_HIT = 16
 """How many more lookups one that finds something pays for: where one in sixteen does, there is no
 bound."""
 
+VAIN_ROWS = 20_000
+VAIN_ROWS_PER_S = 250
+"""The same of rows that come one by one to a quick model, for all that the cache does for them. To
+look one up here and to keep its answer is a sixth of such a request, so where next to none comes
+again the others go to the model as they would without a cache."""
+
 Keys = tuple[Key, ...]
 
 
@@ -148,6 +154,9 @@ class ResponseCache:
         self._lookups = TokenBucket(VAIN_LOOKUPS_PER_S, VAIN_LOOKUPS)
         """In the shared store, that may still be in vain."""
 
+        self._rows: TokenBucket | None = None
+        """That may still come in vain; None: any number."""
+
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
         """None: it takes more than a body to know what row it holds."""
@@ -192,12 +201,30 @@ class ResponseCache:
         if not self._is_fresh(age_s):
             return None
         self.metrics.memory_hit()
+        self._earn()
         return Recalled(value[HEAD.size :], max(0.0, age_s))
 
     def note_body(self, body: bytes, row: BaseFeatures) -> None:
         """`row`, and it alone, was read from `body`, and its answer was known."""
         if self.bodies and len(body) <= MAX_BODY_BYTES:
             self.bodies.note(body, self.key(row))
+
+    def bound_rows(self) -> None:
+        """The model takes hardly longer than what is done here."""
+        if not self._lock_s:
+            self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
+
+    def may_be_asked(self) -> bool:
+        """Of one more row, or the model is to be asked as it is without a cache."""
+        if self._rows is None or self._rows.take(1):
+            return True
+        self.metrics.passed_by()
+        return False
+
+    def _earn(self) -> None:
+        """A row has come again."""
+        if self._rows:
+            self._rows.give(EARNED_BY_HIT)
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
         """Of the only row, if nothing is known of it here, nobody asks the model for it, and the
@@ -273,6 +300,7 @@ class ResponseCache:
                     del run
                 return outcomes, None, content
             self.metrics.followers.inc()
+            self._earn()
             said = await self._flights.follow(run, deadline)
             if said:
                 return [said[key]], None, None
@@ -402,6 +430,7 @@ class ResponseCache:
             return None
         if known := self._read(key, value):
             self.metrics.memory_hit()
+            self._earn()
         else:
             self._memory.discard(key)
         return known
@@ -435,6 +464,7 @@ class ResponseCache:
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
             self._lookups.give(EARNED_BY_HIT)
+            self._earn()
         elif not self._is_ours(key, value):
             shared.discard(self._name(key))
         return known

@@ -151,8 +151,9 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     """
     cache, use = model.cache, terms.use
     age_s = content = None
+    is_single = use == "normal" and len(rows) == 1
     try:
-        if cache is None or use == "none":
+        if cache is None or use == "none" or (is_single and not cache.may_be_asked()):
             # As `outcomes_of`, which would be a coroutine more: 1 us.
             answer = model.outlet()
             ticket = _submit(model, terms, rows, answer)

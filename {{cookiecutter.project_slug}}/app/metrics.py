@@ -66,6 +66,11 @@ _max_rows = Gauge(
 
 _cache_hits = Counter("cache_hits_total", "Rows answered by the cache.", [*_MODEL, "tier"])
 _cache_misses = Counter("cache_misses_total", "Rows that the cache did not have.", _MODEL)
+_cache_passed_by = Counter(
+    "cache_passed_by_total",
+    "Misses of a quick model for which not even memory was asked, as too many were in vain.",
+    _MODEL,
+)
 _cache_unasked = Counter(
     "cache_redis_unasked_total",
     "Rows that Redis was not asked for, as too many others were looked up in vain.",
@@ -250,9 +255,10 @@ class CacheMetrics(_CountedLater):
         self.bypasses = _cache_bypasses.labels(model, version)
         self.followers = _cache_followers.labels(model, version)
         self.invalid = _cache_invalid.labels(model, version)
+        self._passed_by = _cache_passed_by.labels(model, version)
         self._unasked = _cache_unasked.labels(model, version)
         self._shown_bytes = 0
-        self._hits_noted = self._misses_noted = self._unasked_noted = 0
+        self._hits_noted = self._misses_noted = self._passed_noted = self._unasked_noted = 0
 
     def memory_hit(self) -> None:
         """A row was found in memory."""
@@ -266,6 +272,12 @@ class CacheMetrics(_CountedLater):
         if not self._is_due:
             self._count_later()
 
+    def passed_by(self) -> None:
+        """A row went to the model as it would without a cache."""
+        self._passed_noted += 1
+        if not self._is_due:
+            self._count_later()
+
     def not_looked_up(self, rows: int) -> None:
         """Redis was not asked for so many rows."""
         self._unasked_noted += rows
@@ -275,9 +287,11 @@ class CacheMetrics(_CountedLater):
     def _count(self) -> None:
         hits, self._hits_noted = self._hits_noted, 0
         misses, self._misses_noted = self._misses_noted, 0
+        passed, self._passed_noted = self._passed_noted, 0
         unasked, self._unasked_noted = self._unasked_noted, 0
         self._memory_hits.inc(hits)
-        self._misses.inc(misses)
+        self._misses.inc(misses + passed)
+        self._passed_by.inc(passed)
         self._unasked.inc(unasked)
 
     def show_bytes(self, held: int) -> None:

@@ -188,6 +188,8 @@ class ServedModel:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("%s: answers are not cached: %s", self.name, why)
             return None
+        if self._runner.may_run_inline:
+            cache.bound_rows()
         return cache
 
     def _make_value_counts(self, artifact: Artifact) -> ValueCounts | None:

@@ -1,19 +1,24 @@
-"""How often a store that other processes share is asked for what it does not have."""
+"""How often the cache, or a store that it shares, is asked for what it does not have."""
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from prometheus_client import REGISTRY
 
 from app import inference
-from app.cache import EARNED_BY_HIT, ResponseCache, Stores, Times
+from app.cache import EARNED_BY_HIT, VAIN_ROWS, ResponseCache, Stores, Times
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.redis_store import _write_one, packed
+from app.repository import ModelRepository
+from app.settings import Settings
 from app.token_bucket import TokenBucket
-from tests.service.test_cache import Features, Model, ask, cache, run, served, settle, ys
+from tests.service.server import publish
+from tests.service.test_cache import Answer, Features, Model, ask, cache, run, served, settle, ys
 
 
 class TestTokenBucket:
@@ -70,9 +75,18 @@ def sharing(store: Any, lookups: int, **more: Any) -> ResponseCache:
     return cached
 
 
-def unasked(cached: ResponseCache) -> float:
+def counted(cached: ResponseCache, name: str) -> float:
     labels = {"model": cached.metrics.model, "version": cached.metrics.version}
-    return REGISTRY.get_sample_value("cache_redis_unasked_total", labels) or 0
+    return REGISTRY.get_sample_value(f"cache_{name}_total", labels) or 0
+
+
+def unasked(cached: ResponseCache) -> float:
+    return counted(cached, "redis_unasked")
+
+
+def terms_of(**changed: Any) -> Any:
+    terms = {"timings": None, "deadline": 1e9, "priority": 0, "body": None, "is_alone": False}
+    return SimpleNamespace(**({"use": "normal"} | terms | changed))
 
 
 def is_to_lead(cached: ResponseCache, x: float, *, refresh: bool = False) -> bool:
@@ -95,9 +109,7 @@ def test_who_is_not_looked_up_is_answered_together_and_kept_for_others() -> None
         store, model = Store(), Model()
         cached = sharing(store, 0)
         its = served(cached, model)
-        terms: Any = SimpleNamespace(
-            timings=None, deadline=1e9, priority=0, body=None, is_alone=False, use="normal"
-        )
+        terms = terms_of()
         asking = [inference.predict(its, [Features(x=1)], terms) for _ in range(3)]
         answers = await asyncio.gather(*asking)
         assert [(answer.cache, answer.age_s) for answer in answers] == [("miss", None)] * 3
@@ -174,6 +186,137 @@ def test_where_processes_share_runs_all_is_looked_up() -> None:
         cached = sharing(Store(), 0, times=Times(60, 1))
         assert not is_to_lead(cached, 1)
         assert cached._lookups_for(5) == 5
+
+    run(test)
+
+
+def quick(rows: int) -> ResponseCache:
+    """The cache of a quick model, which so many rows may come to in vain for ever."""
+    cached = cache(metrics=CacheMetrics("quick", "1"))
+    cached._rows = TokenBucket(0, rows, clock=lambda: 0.0)
+    return cached
+
+
+class TestOfAQuickModel:
+    def test_too_many_rows_in_vain_are_as_without_a_cache(self) -> None:
+        async def test() -> None:
+            model, cached = Model(), quick(3)
+            its, terms = served(cached, model), terms_of()
+            before = [counted(cached, name) for name in ("misses", "passed_by")]
+            for x in range(5):
+                answer = await inference.predict(its, [Features(x=x)], terms)
+                [outcome] = answer.outcomes
+                assert (answer.cache, outcome) == ("miss", Answer(y=2 * x))
+                await settle()
+            assert model.asked == [[x] for x in range(5)]
+            after = [counted(cached, name) for name in ("misses", "passed_by")]
+            assert [a - b for a, b in zip(after, before, strict=True)] == [5, 2]
+            # The others have been kept.
+            assert [cached.recall(cached.key(Features(x=x))) is None for x in range(5)] == [
+                *3 * [False],
+                *2 * [True],
+            ]
+
+        run(test)
+
+    def test_who_comes_again_pays_for_others(self) -> None:
+        async def again(its: Any) -> None:
+            assert (await inference.predict(its, [Features(x=0)], terms_of())).cache == "hit"
+
+        async def by_its_body(its: Any) -> None:
+            assert its.cache.recall(its.cache.key(Features(x=0)))
+
+        async def followed(its: Any) -> None:
+            asking = [inference.predict(its, [Features(x=-1)], terms_of()) for _ in range(2)]
+            await asyncio.gather(*asking)
+
+        async def test() -> None:
+            for comes_again in (again, by_its_body, followed):
+                cached = quick(EARNED_BY_HIT + 2)
+                its = served(cached, Model())
+                for x in range(EARNED_BY_HIT):
+                    await inference.predict(its, [Features(x=x)], terms_of())
+                await settle()
+                await comes_again(its)
+                # It took one, or is asked without, or took two, and has earned sixteen.
+                assert [cached.may_be_asked() for _ in range(EARNED_BY_HIT)] == [True] * 16
+
+        run(test)
+
+    def test_one_found_in_redis_does_too(self) -> None:
+        async def test() -> None:
+            store: Any = Store()
+            filling = cache(stores=Stores(MemoryStore(1_000_000), store))
+            await inference.predict(served(filling, Model()), [Features(x=0)], terms_of())
+            await settle()
+            cached = cache(stores=Stores(MemoryStore(1_000_000), store))
+            cached._rows = TokenBucket(0, EARNED_BY_HIT, clock=lambda: 0.0)
+            assert cached._rows.take(EARNED_BY_HIT - 1)
+            answer = await inference.predict(served(cached, Model()), [Features(x=0)], terms_of())
+            assert answer.cache == "hit"
+            assert cached._rows.take(100) == EARNED_BY_HIT
+
+        run(test)
+
+    def test_refreshed_rows_and_several_at_once_are_not_counted(self) -> None:
+        async def test() -> None:
+            model, cached = Model(), quick(0)
+            its = served(cached, model)
+            await inference.predict(its, [Features(x=1)], terms_of(use="refresh"))
+            await inference.predict(its, [Features(x=2), Features(x=3)], terms_of())
+            await settle()
+            assert all(cached.recall(cached.key(Features(x=x))) for x in (1, 2, 3))
+
+        run(test)
+
+    def test_others_and_those_that_share_runs_have_no_bound(self) -> None:
+        async def test() -> None:
+            assert not quick(0).may_be_asked()
+            slow, locked = cache(), sharing(Store(), 0, times=Times(60, 1))
+            locked.bound_rows()
+            for cached in (slow, locked):
+                assert [cached.may_be_asked() for _ in range(VAIN_ROWS + 1)][-1]
+
+        run(test)
+
+
+OWN = """
+from app.predictor import BaseFeatures, BasePrediction, BasePredictor
+
+
+class Features(BaseFeatures):
+    x: float
+
+
+class Prediction(BasePrediction):
+    y: float
+
+
+class Predictor(BasePredictor[Features, Prediction]):
+    example = Features(x=1)
+    runs_inline = {runs_inline}
+
+    def load(self, artifact_dir, device):
+        pass
+
+    def predict(self, batch):
+        return [Prediction(y=2 * row.x) for row in batch]
+"""
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_a_model_on_the_event_loop_is_quick(tmp_path: Path, is_quick: bool) -> None:
+    (tmp_path / "own.py").write_text(OWN.replace("{runs_inline}", str(is_quick)), encoding="utf-8")
+    publish(tmp_path / "artifacts", "own", none=b"")
+
+    async def test() -> None:
+        settings = Settings(predictors_dir=tmp_path, artifacts_dir=tmp_path / "artifacts")
+        repository = ModelRepository(settings.model_copy(update={"default_model": "own"}))
+        await repository.load()
+        cached = repository.get("own").cache
+        assert cached is not None
+        assert (cached._rows is not None) is is_quick
+        await repository.close()
 
     run(test)
 
