@@ -73,8 +73,11 @@ AT_FIRST_S = 0.75
 """In which fewer rows are sent than a quick model's cache is asked for in vain (`VAIN_ROWS` of the
 service), and"""
 
-IN_VAIN_S = 4
+IN_VAIN_S = 6
 """in which more are."""
+
+BEFORE_S = 0.3
+"""The same before each slice: while the others were asked, more has been allowed."""
 
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
 """More than are answered in a second, as none may come twice."""
@@ -525,7 +528,7 @@ def cache(bench: Bench) -> list[Measurement]:
     with redis_server(bench.cores.load) as redis:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
-            seconds = AT_FIRST_S + LEARNING_S + IN_VAIN_S + 2 * bench.seconds
+            seconds = AT_FIRST_S + IN_VAIN_S + 2 * (bench.seconds + CACHE_SLICES * BEFORE_S)
             count = int(FRESH_PER_S[workload] * seconds)
             fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
             feeds = {share: mixed(known, fresh, share) for share in KNOWN}
@@ -553,6 +556,8 @@ def _caches_side_by_side(
     def load_all(turn: int, connections: int, seconds: float, when: str = "") -> None:
         for tier, share in rotated(list(running), about["round"] + turn):
             of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}{when}"}
+            if not (share or when):
+                load((tier, share), MANY, BEFORE_S)
             result = load((tier, share), connections, seconds / CACHE_SLICES)
             found.append(show(about | of | {"connections": connections}, result))
 
