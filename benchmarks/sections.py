@@ -76,7 +76,7 @@ service), and"""
 IN_VAIN_S = 6
 """in which more are."""
 
-BEFORE_S = 0.3
+BEFORE_S = 0.5
 """The same before each slice: while the others were asked, more has been allowed."""
 
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
