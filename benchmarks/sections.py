@@ -70,14 +70,15 @@ KNOWN = [0.0, 0.5, 1.0]
 
 AT_FIRST = " at first"
 AT_FIRST_S = 0.75
-"""In which fewer rows are sent than a quick model's cache is asked for in vain (`VAIN_ROWS` of the
-service), and"""
+"""For so long in all. The cache of a trivial model is asked for more rows in vain (`VAIN_ROWS` of
+the service) than are sent in that time."""
 
 IN_VAIN_S = 6
-"""in which more are."""
+"""In this time more rows are sent."""
 
-BEFORE_S = 0.5
-"""The same before each slice: while the others were asked, more has been allowed."""
+LEAD_IN_S = 0.5
+"""For so long a service goes on before each slice after that: while the others were asked, some
+more rows in vain have been allowed."""
 
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
 """More than are answered in a second, as none may come twice."""
@@ -528,7 +529,8 @@ def cache(bench: Bench) -> list[Measurement]:
     with redis_server(bench.cores.load) as redis:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
-            seconds = AT_FIRST_S + IN_VAIN_S + 2 * (bench.seconds + CACHE_SLICES * BEFORE_S)
+            slices_s = 2 * (bench.seconds + CACHE_SLICES * LEAD_IN_S)
+            seconds = LEARNING_S + AT_FIRST_S + IN_VAIN_S + slices_s
             count = int(FRESH_PER_S[workload] * seconds)
             fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
             feeds = {share: mixed(known, fresh, share) for share in KNOWN}
@@ -556,8 +558,8 @@ def _caches_side_by_side(
     def load_all(turn: int, connections: int, seconds: float, when: str = "") -> None:
         for tier, share in rotated(list(running), about["round"] + turn):
             of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}{when}"}
-            if not (share or when):
-                load((tier, share), MANY, BEFORE_S)
+            if not when:
+                load((tier, share), connections, LEAD_IN_S)
             result = load((tier, share), connections, seconds / CACHE_SLICES)
             found.append(show(about | of | {"connections": connections}, result))
 
@@ -571,10 +573,13 @@ def _caches_side_by_side(
             # It is warmed up with those that are to be known.
             running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
             feeds[key] = iter(mixtures[share])
+            if share:
+                load(key, MANY, LEARNING_S)
         for turn in range(CACHE_SLICES):
             load_all(turn, MANY, AT_FIRST_S, AT_FIRST)
         for tier, share in running:
-            load((tier, share), MANY, LEARNING_S if share else IN_VAIN_S)
+            if not share:
+                load((tier, share), MANY, IN_VAIN_S)
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
             load_all(turn, connections, bench.seconds)
     return found

@@ -55,9 +55,14 @@ bound."""
 
 VAIN_ROWS = 20_000
 VAIN_ROWS_PER_S = 250
-"""The same of rows that come one by one to a quick model, for all that the cache does for them. To
-look one up here and to keep its answer is a sixth of such a request, so where next to none comes
-again the others go to the model as they would without a cache."""
+ROWS_EARNED_BY_HIT = 32
+"""The same of rows that come one by one to a model that takes hardly longer than what is done here
+for them, which is a sixth of such a request: to look it up, and to keep its answer."""
+
+ALWAYS_ASKED = 16
+"""Of one body in so many all is done, whenever it comes. Of some of the requests one would see next
+to none come again, as what came before them was seldom kept; of some of the bodies as many as of
+all."""
 
 Keys = tuple[Key, ...]
 
@@ -154,8 +159,8 @@ class ResponseCache:
         self._lookups = TokenBucket(VAIN_LOOKUPS_PER_S, VAIN_LOOKUPS)
         """In the shared store, that may still be in vain."""
 
-        self._rows: TokenBucket | None = None
-        """That may still come in vain; None: any number."""
+        self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
+        """That may still come in vain."""
 
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
@@ -201,7 +206,7 @@ class ResponseCache:
         if not self._is_fresh(age_s):
             return None
         self.metrics.memory_hit()
-        self._earn()
+        self._rows.give(ROWS_EARNED_BY_HIT)
         return Recalled(value[HEAD.size :], max(0.0, age_s))
 
     def note_body(self, body: bytes, row: BaseFeatures) -> None:
@@ -209,22 +214,14 @@ class ResponseCache:
         if self.bodies and len(body) <= MAX_BODY_BYTES:
             self.bodies.note(body, self.key(row))
 
-    def bound_rows(self) -> None:
-        """The model takes hardly longer than what is done here."""
-        if not self._lock_s:
-            self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
-
-    def may_be_asked(self) -> bool:
-        """Of one more row, or the model is to be asked as it is without a cache."""
-        if self._rows is None or self._rows.take(1):
+    def admits(self, body: bytes | None) -> bool:
+        """Whether the one row in `body` is to be looked up and its answer kept, if the model takes
+        hardly longer than that; otherwise it is to be asked as it is without a cache.
+        """
+        if body is None or self._lock_s or not hash(body) % ALWAYS_ASKED or self._rows.take(1):
             return True
         self.metrics.passed_by()
         return False
-
-    def _earn(self) -> None:
-        """A row has come again."""
-        if self._rows:
-            self._rows.give(EARNED_BY_HIT)
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
         """Of the only row, if nothing is known of it here, nobody asks the model for it, and the
@@ -286,6 +283,7 @@ class ResponseCache:
                 value = await self._shared.get(self._name(key), deadline)
                 known = self._found(self._shared, key, value)
             if known:
+                self._rows.give(ROWS_EARNED_BY_HIT)
                 return [known.prediction], _age_s(known), None
         self.metrics.missed(1)
         while True:
@@ -300,9 +298,9 @@ class ResponseCache:
                     del run
                 return outcomes, None, content
             self.metrics.followers.inc()
-            self._earn()
             said = await self._flights.follow(run, deadline)
             if said:
+                self._rows.give(ROWS_EARNED_BY_HIT)
                 return [said[key]], None, None
 
     def end(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
@@ -430,7 +428,6 @@ class ResponseCache:
             return None
         if known := self._read(key, value):
             self.metrics.memory_hit()
-            self._earn()
         else:
             self._memory.discard(key)
         return known
@@ -464,7 +461,6 @@ class ResponseCache:
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
             self._lookups.give(EARNED_BY_HIT)
-            self._earn()
         elif not self._is_ours(key, value):
             shared.discard(self._name(key))
         return known

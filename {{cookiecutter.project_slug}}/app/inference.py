@@ -151,9 +151,15 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     """
     cache, use = model.cache, terms.use
     age_s = content = None
-    is_single = use == "normal" and len(rows) == 1
+    is_passed_by = (
+        cache is not None
+        and use == "normal"
+        and len(rows) == 1
+        and model.is_trivial
+        and not cache.admits(terms.body)
+    )
     try:
-        if cache is None or use == "none" or (is_single and not cache.may_be_asked()):
+        if cache is None or use == "none" or is_passed_by:
             # As `outcomes_of`, which would be a coroutine more: 1 us.
             answer = model.outlet()
             ticket = _submit(model, terms, rows, answer)

@@ -65,10 +65,12 @@ _max_rows = Gauge(
 )
 
 _cache_hits = Counter("cache_hits_total", "Rows answered by the cache.", [*_MODEL, "tier"])
-_cache_misses = Counter("cache_misses_total", "Rows that the cache did not have.", _MODEL)
+_cache_misses = Counter(
+    "cache_misses_total", "Rows that the cache did not have, or was not asked for.", _MODEL
+)
 _cache_passed_by = Counter(
     "cache_passed_by_total",
-    "Misses of a quick model for which not even memory was asked, as too many were in vain.",
+    "Misses for which the cache was not asked, as too many rows of a quick model were in vain.",
     _MODEL,
 )
 _cache_unasked = Counter(

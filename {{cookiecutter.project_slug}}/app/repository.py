@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRIVIAL_BELOW_S = 0.0002
+"""Of a batch, on average. What the cache does takes some 10 us for a row."""
+
 
 class State(StrEnum):
     LOADING = "loading"
@@ -98,6 +101,11 @@ class ServedModel:
     def last_success(self) -> float:
         """When a prediction last worked, by `monotonic`."""
         return self._runner.last_success
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether its batches have taken hardly longer than the cache does for their rows."""
+        return self._runner.pace.mean_s < TRIVIAL_BELOW_S
 
     @property
     def provider(self) -> Provider | None:
@@ -188,8 +196,6 @@ class ServedModel:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("%s: answers are not cached: %s", self.name, why)
             return None
-        if self._runner.may_run_inline:
-            cache.bound_rows()
         return cache
 
     def _make_value_counts(self, artifact: Artifact) -> ValueCounts | None:

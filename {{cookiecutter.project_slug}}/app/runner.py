@@ -61,14 +61,15 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._mean = INLINE_BELOW_S * math.e
+        self.mean_s = INLINE_BELOW_S * math.e
+        """What batches took lately."""
 
     @property
     def is_quick(self) -> bool:
-        return self._mean < INLINE_BELOW_S
+        return self.mean_s < INLINE_BELOW_S
 
     def ran(self, seconds: float) -> None:
-        self._mean += (seconds - self._mean) / MEMORY_RUNS
+        self.mean_s += (seconds - self.mean_s) / MEMORY_RUNS
 
 
 @dataclass(slots=True)

@@ -1,7 +1,9 @@
 """How often the cache, or a store that it shares, is asked for what it does not have."""
 
 import asyncio
-from collections.abc import Mapping
+import itertools
+import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +12,24 @@ import pytest
 from prometheus_client import REGISTRY
 
 from app import inference
-from app.cache import EARNED_BY_HIT, VAIN_ROWS, ResponseCache, Stores, Times
+from app.cache import (
+    ALWAYS_ASKED,
+    EARNED_BY_HIT,
+    ROWS_EARNED_BY_HIT,
+    VAIN_ROWS,
+    VAIN_ROWS_PER_S,
+    ResponseCache,
+    Stores,
+    Times,
+)
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
 from app.redis_store import _write_one, packed
-from app.repository import ModelRepository
+from app.repository import TRIVIAL_BELOW_S, ModelRepository
+from app.runner import MEMORY_RUNS
 from app.settings import Settings
 from app.token_bucket import TokenBucket
-from tests.service.server import publish
+from tests.service.server import FAKES
 from tests.service.test_cache import Answer, Features, Model, ask, cache, run, served, settle, ys
 
 
@@ -190,133 +202,146 @@ def test_where_processes_share_runs_all_is_looked_up() -> None:
     run(test)
 
 
-def quick(rows: int) -> ResponseCache:
-    """The cache of a quick model, which so many rows may come to in vain for ever."""
-    cached = cache(metrics=CacheMetrics("quick", "1"))
+def bounded(rows: int, **changes: Any) -> ResponseCache:
+    """A cache that so many rows may come to in vain for ever."""
+    cached = cache(metrics=CacheMetrics("bounded", "1"), **changes)
     cached._rows = TokenBucket(0, rows, clock=lambda: 0.0)
     return cached
 
 
-class TestOfAQuickModel:
+def bodies(is_always_asked: bool) -> Iterator[bytes]:
+    """Those of which all is done always, or the others."""
+    every = (b"%d" % number for number in itertools.count())
+    return (body for body in every if (hash(body) % ALWAYS_ASKED == 0) is is_always_asked)
+
+
+async def send(its: Any, x: float, body: bytes | None = None, **changed: Any) -> inference.Answer:
+    answer = await inference.predict(its, [Features(x=x)], terms_of(body=body, **changed))
+    await settle()
+    return answer
+
+
+def is_kept(cached: ResponseCache, x: float) -> bool:
+    return cached._memory.get(cached.key(Features(x=x))) is not None
+
+
+class TestOfATrivialModel:
     def test_too_many_rows_in_vain_are_as_without_a_cache(self) -> None:
         async def test() -> None:
-            model, cached = Model(), quick(3)
-            its, terms = served(cached, model), terms_of()
+            model, cached = Model(), bounded(3)
+            its = served(cached, model)
             before = [counted(cached, name) for name in ("misses", "passed_by")]
-            for x in range(5):
-                answer = await inference.predict(its, [Features(x=x)], terms)
-                [outcome] = answer.outcomes
-                assert (answer.cache, outcome) == ("miss", Answer(y=2 * x))
-                await settle()
+            for x, body in zip(range(5), bodies(is_always_asked=False), strict=False):
+                answer = await send(its, x, body)
+                assert (answer.cache, *answer.outcomes) == ("miss", Answer(y=2 * x))
             assert model.asked == [[x] for x in range(5)]
             after = [counted(cached, name) for name in ("misses", "passed_by")]
             assert [a - b for a, b in zip(after, before, strict=True)] == [5, 2]
-            # The others have been kept.
-            assert [cached.recall(cached.key(Features(x=x))) is None for x in range(5)] == [
-                *3 * [False],
-                *2 * [True],
-            ]
+            assert [is_kept(cached, x) for x in range(5)] == [True] * 3 + [False] * 2
 
         run(test)
 
-    def test_who_comes_again_pays_for_others(self) -> None:
-        async def again(its: Any) -> None:
-            assert (await inference.predict(its, [Features(x=0)], terms_of())).cache == "hit"
-
-        async def by_its_body(its: Any) -> None:
-            assert its.cache.recall(its.cache.key(Features(x=0)))
-
-        async def followed(its: Any) -> None:
-            asking = [inference.predict(its, [Features(x=-1)], terms_of()) for _ in range(2)]
-            await asyncio.gather(*asking)
-
+    def test_of_some_bodies_and_of_what_is_no_single_body_all_is_done(self) -> None:
         async def test() -> None:
-            for comes_again in (again, by_its_body, followed):
-                cached = quick(EARNED_BY_HIT + 2)
-                its = served(cached, Model())
-                for x in range(EARNED_BY_HIT):
-                    await inference.predict(its, [Features(x=x)], terms_of())
-                await settle()
-                await comes_again(its)
-                # It took one, or is asked without, or took two, and has earned sixteen.
-                assert [cached.may_be_asked() for _ in range(EARNED_BY_HIT)] == [True] * 16
+            cached = bounded(0)
+            its, one = served(cached, Model()), next(bodies(is_always_asked=False))
+            await send(its, 1, next(bodies(is_always_asked=True)))
+            await send(its, 2, None)
+            await send(its, 3, one, use="refresh")
+            rows = [Features(x=4), Features(x=5)]
+            await inference.predict(its, rows, terms_of(body=one))
+            await send(its, 6, one)
+            await settle()
+            assert [is_kept(cached, x) for x in range(1, 7)] == [True] * 5 + [False]
 
         run(test)
 
-    def test_one_found_in_redis_does_too(self) -> None:
+    def test_models_that_take_longer_and_those_that_share_runs_have_no_bound(self) -> None:
+        async def test() -> None:
+            its = served(bounded(0), Model(), is_trivial=False)
+            await send(its, 1, next(bodies(is_always_asked=False)))
+            assert is_kept(its.cache, 1)
+            locked = bounded(0, stores=Stores(MemoryStore(0), Store()), times=Times(60, 1))  # type: ignore[arg-type]
+            assert locked.admits(next(bodies(is_always_asked=False)))
+
+        run(test)
+
+    def test_who_keeps_nothing_takes_nothing(self) -> None:
+        async def test() -> None:
+            its = served(bounded(1), Model())
+            await send(its, 1, next(bodies(is_always_asked=False)), use="none")
+            assert its.cache._rows.take(1)
+
+        run(test)
+
+    @pytest.mark.parametrize("how", ["again", "by its body", "from another", "followed"])
+    def test_who_comes_again_pays_for_others(self, how: str) -> None:
         async def test() -> None:
             store: Any = Store()
-            filling = cache(stores=Stores(MemoryStore(1_000_000), store))
-            await inference.predict(served(filling, Model()), [Features(x=0)], terms_of())
-            await settle()
-            cached = cache(stores=Stores(MemoryStore(1_000_000), store))
-            cached._rows = TokenBucket(0, EARNED_BY_HIT, clock=lambda: 0.0)
-            assert cached._rows.take(EARNED_BY_HIT - 1)
-            answer = await inference.predict(served(cached, Model()), [Features(x=0)], terms_of())
-            assert answer.cache == "hit"
-            assert cached._rows.take(100) == EARNED_BY_HIT
+            another = bounded(0, stores=Stores(MemoryStore(99_999), store))
+            await send(served(another, Model()), 1)
+            stores = Stores(MemoryStore(99_999), store if how == "from another" else None)
+            cached = bounded(2 * ROWS_EARNED_BY_HIT, stores=stores)
+            its = served(cached, Model())
+            if how in ("again", "by its body"):
+                await send(its, 1)
+            cached._rows.take(2 * ROWS_EARNED_BY_HIT)
+            if how == "by its body":
+                assert cached.recall(cached.key(Features(x=1)))
+            elif how == "followed":
+                await asyncio.gather(send(its, 1), send(its, 1))
+            else:
+                assert (await send(its, 1)).cache == "hit"
+            assert cached._rows.take(2 * ROWS_EARNED_BY_HIT) == ROWS_EARNED_BY_HIT
 
         run(test)
 
-    def test_refreshed_rows_and_several_at_once_are_not_counted(self) -> None:
+    @pytest.mark.parametrize(("again", "are_found"), [(1 / 8, True), (0.0, False)])
+    def test_after_a_flood_rows_that_come_twice_far_apart_are_found(
+        self, again: float, are_found: bool
+    ) -> None:
+        now, per_s, apart = 0.0, 10_000, 5_000
+
         async def test() -> None:
-            model, cached = Model(), quick(0)
-            its = served(cached, model)
-            await inference.predict(its, [Features(x=1)], terms_of(use="refresh"))
-            await inference.predict(its, [Features(x=2), Features(x=3)], terms_of())
-            await settle()
-            assert all(cached.recall(cached.key(Features(x=x))) for x in (1, 2, 3))
+            nonlocal now
+            cached = bounded(0)
+            cached._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS, clock=lambda: now)
+            cached._rows.take(VAIN_ROWS)
+            chance, kept, hits = random.Random(1), set(), []
+            sent: list[bytes] = []
+            for number in range(40 * per_s):
+                now += 1 / per_s
+                is_again = number > apart and chance.random() < again
+                body = sent[number - apart] if is_again else b"row %d" % number
+                sent.append(body)
+                is_asked = cached.admits(body)
+                if is_asked and body in kept:
+                    cached._rows.give(ROWS_EARNED_BY_HIT)
+                    hits.append(number)
+                elif is_asked:
+                    kept.add(body)
+            late = sum(number > 30 * per_s for number in hits)
+            expected = 10 * per_s * again if are_found else 0
+            assert late == pytest.approx(expected, rel=0.05)
 
         run(test)
 
-    def test_others_and_those_that_share_runs_have_no_bound(self) -> None:
-        async def test() -> None:
-            assert not quick(0).may_be_asked()
-            slow, locked = cache(), sharing(Store(), 0, times=Times(60, 1))
-            locked.bound_rows()
-            for cached in (slow, locked):
-                assert [cached.may_be_asked() for _ in range(VAIN_ROWS + 1)][-1]
 
-        run(test)
-
-
-OWN = """
-from app.predictor import BaseFeatures, BasePrediction, BasePredictor
-
-
-class Features(BaseFeatures):
-    x: float
-
-
-class Prediction(BasePrediction):
-    y: float
-
-
-class Predictor(BasePredictor[Features, Prediction]):
-    example = Features(x=1)
-    runs_inline = {runs_inline}
-
-    def load(self, artifact_dir, device):
-        pass
-
-    def predict(self, batch):
-        return [Prediction(y=2 * row.x) for row in batch]
-"""
-
-
-@pytest.mark.parametrize("is_quick", [True, False])
-def test_a_model_on_the_event_loop_is_quick(tmp_path: Path, is_quick: bool) -> None:
-    (tmp_path / "own.py").write_text(OWN.replace("{runs_inline}", str(is_quick)), encoding="utf-8")
-    publish(tmp_path / "artifacts", "own", none=b"")
-
+def test_a_model_is_trivial_once_its_batches_have_shown_it(tmp_path: Path) -> None:
     async def test() -> None:
-        settings = Settings(predictors_dir=tmp_path, artifacts_dir=tmp_path / "artifacts")
-        repository = ModelRepository(settings.model_copy(update={"default_model": "own"}))
-        await repository.load()
-        cached = repository.get("own").cache
-        assert cached is not None
-        assert (cached._rows is not None) is is_quick
-        await repository.close()
+        settings = Settings(
+            predictors_dir=FAKES,
+            artifacts_dir=tmp_path,
+            default_model="double",
+            cache_enabled=False,
+        )
+        model = ModelRepository(settings).get("double")
+        assert not model.is_trivial
+        for _ in range(10 * MEMORY_RUNS):
+            model._runner.pace.ran(TRIVIAL_BELOW_S / 2)
+        assert model.is_trivial
+        model._runner.pace.ran(1)
+        assert not model.is_trivial
 
     run(test)
 
