@@ -530,7 +530,7 @@ def cache(bench: Bench) -> list[Measurement]:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
             slices_s = 2 * (bench.seconds + CACHE_SLICES * LEAD_IN_S)
-            seconds = LEARNING_S + AT_FIRST_S + IN_VAIN_S + slices_s
+            seconds = AT_FIRST_S + IN_VAIN_S + slices_s
             count = int(FRESH_PER_S[workload] * seconds)
             fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
             feeds = {share: mixed(known, fresh, share) for share in KNOWN}
@@ -573,13 +573,10 @@ def _caches_side_by_side(
             # It is warmed up with those that are to be known.
             running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
             feeds[key] = iter(mixtures[share])
-            if share:
-                load(key, MANY, LEARNING_S)
         for turn in range(CACHE_SLICES):
             load_all(turn, MANY, AT_FIRST_S, AT_FIRST)
-        for tier, share in running:
-            if not share:
-                load((tier, share), MANY, IN_VAIN_S)
+        for tier in TIERS:
+            load((tier, 0.0), MANY, IN_VAIN_S)
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
             load_all(turn, connections, bench.seconds)
     return found

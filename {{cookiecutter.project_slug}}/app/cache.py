@@ -59,7 +59,7 @@ ROWS_EARNED_BY_HIT = 32
 """The same of rows that come one by one to a model that takes hardly longer than what is done here
 for them, which is a sixth of such a request: to look it up, and to keep its answer."""
 
-ALWAYS_ASKED = 16
+ALWAYS_ASKED = 32
 """Of one body in so many all is done, whenever it comes. Of some of the requests one would see next
 to none come again, as what came before them was seldom kept; of some of the bodies as many as of
 all."""
