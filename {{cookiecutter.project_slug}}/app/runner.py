@@ -61,15 +61,17 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.mean_s = INLINE_BELOW_S * math.e
-        """What batches took lately."""
+        self._mean = INLINE_BELOW_S * math.e
+        self.row_s = INLINE_BELOW_S * math.e
+        """What batches took lately for each of their rows, on average."""
 
     @property
     def is_quick(self) -> bool:
-        return self.mean_s < INLINE_BELOW_S
+        return self._mean < INLINE_BELOW_S
 
-    def ran(self, seconds: float) -> None:
-        self.mean_s += (seconds - self.mean_s) / MEMORY_RUNS
+    def ran(self, seconds: float, rows: int = 1) -> None:
+        self._mean += (seconds - self._mean) / MEMORY_RUNS
+        self.row_s += (seconds / rows - self.row_s) / MEMORY_RUNS
 
 
 @dataclass(slots=True)
@@ -193,11 +195,11 @@ class Runner:
             self.last_success = monotonic()
         except PredictionFailed as error:
             self._fail(answer, error)
-        self._note_pace(perf_counter() - started)
+        self._note_pace(perf_counter() - started, len(rows))
 
-    def _note_pace(self, seconds: float) -> None:
+    def _note_pace(self, seconds: float, rows: int) -> None:
         was_quick = self.pace.is_quick
-        self.pace.ran(seconds)
+        self.pace.ran(seconds, rows)
         if was_quick == self.pace.is_quick or not self.may_run_inline or self._is_always_inline:
             return
         if was_quick:
@@ -231,7 +233,7 @@ class Runner:
             self._fail(answer, error)
         else:
             ran = running.result()
-            self._note_pace(ran.seconds)
+            self._note_pace(ran.seconds, len(ran.outcomes))
             self.last_success = monotonic()
             answer.set_result(ran.outcomes)
 

@@ -337,10 +337,12 @@ def test_a_model_is_trivial_once_its_batches_have_shown_it(tmp_path: Path) -> No
         )
         model = ModelRepository(settings).get("double")
         assert not model.is_trivial
+        pace = model._runner.pace
         for _ in range(10 * MEMORY_RUNS):
-            model._runner.pace.ran(TRIVIAL_BELOW_S / 2)
+            pace.ran(8 * TRIVIAL_BELOW_S, rows=16)
         assert model.is_trivial
-        model._runner.pace.ran(1)
+        for _ in range(10 * MEMORY_RUNS):
+            pace.ran(8 * TRIVIAL_BELOW_S, rows=4)
         assert not model.is_trivial
 
     run(test)
