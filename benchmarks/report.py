@@ -104,7 +104,7 @@ class Figures:
 CACHE = """This template over one connection and over 32: without the cache, with it in memory, and
 with Redis alone (CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the
 requests that were sent before; of the others, none comes twice. "At first" is before a model that
-takes hardly longer than the cache has been sent 20,000 rows that were new: from then on one in 32
+takes hardly longer than the cache has been sent 20,000 rows that were new: from then on one in 64
 of them and 250 a second are looked up and kept, and the others go to the model as without a cache.
 """
 

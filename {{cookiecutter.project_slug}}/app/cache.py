@@ -28,7 +28,7 @@ from app.predictor import BaseFeatures, BasePrediction
 from app.runner import Outcome
 from app.shared_run import Others, SharedRun, Submit
 from app.tickets import Ticket, outcomes_of
-from app.token_bucket import TokenBucket
+from app.token_bucket import REFILL_S, TokenBucket
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
@@ -55,11 +55,11 @@ bound."""
 
 VAIN_ROWS = 20_000
 VAIN_ROWS_PER_S = 250
-ROWS_EARNED_BY_HIT = 32
+ROWS_EARNED_BY_HIT = 64
 """The same of rows that come one by one to a model that takes hardly longer than what is done here
 for them, which is a sixth of such a request: to look it up, and to keep its answer."""
 
-ALWAYS_ASKED = 32
+ALWAYS_ASKED = 64
 """Of one body in so many all is done, whenever it comes. Of some of the requests one would see next
 to none come again, as what came before them was seldom kept; of some of the bodies as many as of
 all."""
@@ -162,6 +162,9 @@ class ResponseCache:
         self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
         """That may still come in vain."""
 
+        self._passed_by = 0
+        """Rows since that ended, until it is looked at again."""
+
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
         """None: it takes more than a body to know what row it holds."""
@@ -218,10 +221,18 @@ class ResponseCache:
         """Whether the one row in `body` is to be looked up and its answer kept, if the model takes
         hardly longer than that; otherwise it is to be asked as it is without a cache.
         """
-        if body is None or self._lock_s or not hash(body) % ALWAYS_ASKED or self._rows.take(1):
+        if body is None or self._lock_s or not hash(body) % ALWAYS_ASKED:
             return True
-        self.metrics.passed_by()
+        if not self._passed_by:
+            if self._rows.take(1):
+                return True
+            self._loop.call_later(REFILL_S, self._count_passed_by, context=Context())
+        self._passed_by += 1
         return False
+
+    def _count_passed_by(self) -> None:
+        passed_by, self._passed_by = self._passed_by, 0
+        self.metrics.passed_by(passed_by)
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
         """Of the only row, if nothing is known of it here, nobody asks the model for it, and the

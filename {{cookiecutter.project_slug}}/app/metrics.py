@@ -260,7 +260,7 @@ class CacheMetrics(_CountedLater):
         self._passed_by = _cache_passed_by.labels(model, version)
         self._unasked = _cache_unasked.labels(model, version)
         self._shown_bytes = 0
-        self._hits_noted = self._misses_noted = self._passed_noted = self._unasked_noted = 0
+        self._hits_noted = self._misses_noted = self._unasked_noted = 0
 
     def memory_hit(self) -> None:
         """A row was found in memory."""
@@ -274,11 +274,10 @@ class CacheMetrics(_CountedLater):
         if not self._is_due:
             self._count_later()
 
-    def passed_by(self) -> None:
-        """A row went to the model as it would without a cache."""
-        self._passed_noted += 1
-        if not self._is_due:
-            self._count_later()
+    def passed_by(self, rows: int) -> None:
+        """So many rows went to the model as they would without a cache."""
+        self._misses.inc(rows)
+        self._passed_by.inc(rows)
 
     def not_looked_up(self, rows: int) -> None:
         """Redis was not asked for so many rows."""
@@ -289,11 +288,9 @@ class CacheMetrics(_CountedLater):
     def _count(self) -> None:
         hits, self._hits_noted = self._hits_noted, 0
         misses, self._misses_noted = self._misses_noted, 0
-        passed, self._passed_noted = self._passed_noted, 0
         unasked, self._unasked_noted = self._unasked_noted, 0
         self._memory_hits.inc(hits)
-        self._misses.inc(misses + passed)
-        self._passed_by.inc(passed)
+        self._misses.inc(misses)
         self._unasked.inc(unasked)
 
     def show_bytes(self, held: int) -> None:
