@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope
 from app import inference
 from app.api.bodies import SMALL_BYTES, Bodies, ClientLeft, NoRoom
 from app.api.keys import ApiKeys
-from app.api.reply import RawHeaders
 from app.errors import (
     BodyTimeout,
     DeadlineExceeded,
@@ -59,8 +58,8 @@ RAW_MEDIA_TYPE = b"application/octet-stream"
 STEERING = frozenset((b"x-request-timeout-ms", b"priority", b"cache-control"))
 """Headers that say how a request is to be treated. Mostly there are none."""
 
-CACHE_HEADERS: dict[CacheStatus, RawHeaders] = {
-    status: ((b"x-cache", status.encode()),) for status in get_args(CacheStatus)
+CACHE_LINES: dict[CacheStatus, bytes] = {
+    status: b"x-cache: %b\r\n" % status.encode() for status in get_args(CacheStatus)
 }
 
 
@@ -106,8 +105,8 @@ class Call:
     cache: CacheStatus | None = field(default=None, init=False)
     """What the cache had for it."""
 
-    reply_headers: RawHeaders = field(default=(), init=False)
-    """Of the answer, beside those that every one has."""
+    more_lines: bytes = field(default=b"", init=False)
+    """See `Reply`."""
 
     status: int = field(default=0, init=False)
     """Of the answer, once there is one."""
@@ -336,9 +335,9 @@ class JsonRoute:
 
 
 def _tell_of_cache(call: Call, status: CacheStatus, age_s: float | None) -> None:
-    call.cache, call.reply_headers = status, CACHE_HEADERS[status]
+    call.cache, call.more_lines = status, CACHE_LINES[status]
     if age_s is not None:
-        call.reply_headers += ((b"age", b"%d" % age_s),)
+        call.more_lines += b"age: %d\r\n" % age_s
 
 
 def _priority(headers: Headers) -> int:

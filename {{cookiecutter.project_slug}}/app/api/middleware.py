@@ -26,6 +26,7 @@ SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """What is taken over from a caller: nothing that could break a header or a log line."""
 
 CLOSE = (b"connection", b"close")
+CLOSE_LINE = b"%b: %b\r\n" % CLOSE
 TRACE = b"traceresponse"
 """Trace Context HTTP Response Headers Format, W3C editor's draft."""
 
@@ -152,7 +153,7 @@ class RequestContext:
         _enter(call)
         try:
             content = await route.answer(call, asgi[1] if asgi else None)
-            reply = Reply(200, JSON, content, call.reply_headers)
+            reply = Reply(200, JSON, content, call.more_lines)
         except ClientLeft:
             self.observers.end(call, CLIENT_LEFT)
             return
@@ -171,7 +172,7 @@ class RequestContext:
         finally:
             if call.bytes_held:
                 route.release(call)
-        may_stay_open = not self.lifecycle.is_ending and CLOSE not in reply.headers
+        may_stay_open = not self.lifecycle.is_ending and CLOSE_LINE not in reply.more_lines
         if not (may_stay_open and self._respond(call, reply)):
             await reply.send(self._in_context(call, _asgi(call, asgi)[2]))
         self.observers.end(call, reply.status)

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from app.api.reply import RawHeaders, Reply
+from app.api.reply import Reply
 from app.errors import (
     PROBLEM_MEDIA_TYPE,
     BodyTooLarge,
@@ -63,7 +63,7 @@ def problem_reply(error: ServiceError, request_id: str) -> Reply:
     else:
         # What is sane as a request id needs no escapes.
         content = b'%b%b"}' % (_up_to_request_id(status, error.detail), request_id.encode())
-    return Reply(status, MEDIA_TYPE, content, _raw(tuple(error.headers.items())))
+    return Reply(status, MEDIA_TYPE, content, _lines(tuple(error.headers.items())))
 
 
 @lru_cache(maxsize=256)
@@ -74,8 +74,10 @@ def _up_to_request_id(status: int, detail: str) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _raw(headers: tuple[tuple[str, str], ...]) -> RawHeaders:
-    return tuple([(name.lower().encode(), value.encode()) for name, value in headers])
+def _lines(headers: tuple[tuple[str, str], ...]) -> bytes:
+    return b"".join(
+        [b"%b: %b\r\n" % (name.lower().encode(), value.encode()) for name, value in headers]
+    )
 
 
 def problem_response(error: ServiceError, request_id: str) -> Response:
