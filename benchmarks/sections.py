@@ -74,7 +74,7 @@ AT_FIRST_S = 0.75
 the service) than are sent in that time."""
 
 IN_VAIN_S = 6
-"""In this time more rows are sent."""
+"""In this time such a model is sent more."""
 
 LEAD_IN_S = 0.5
 """For so long a service goes on before each slice after that: while the others were asked, some
@@ -89,9 +89,6 @@ TIERS: dict[str, Environment] = {
     "redis": {"CACHE_ENABLED": "true", "CACHE_MAX_BYTES": "0"},
 }
 """Where answers are kept, in the section on the cache."""
-
-LEARNING_S = 1.0
-"""For so long the wait policy may learn how such a mixture of callers comes back."""
 
 POLICIES: dict[str, Environment] = {
     "learned": {"BATCH_POLICY": "learned"},

@@ -17,6 +17,7 @@ from functools import partial
 from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
+from zlib import crc32
 
 from app.canonical import Canonical
 from app.flights import Flights, Key, Run
@@ -60,9 +61,9 @@ ROWS_EARNED_BY_HIT = 64
 for them, which is a sixth of such a request: to look it up, and to keep its answer."""
 
 ALWAYS_ASKED = 64
-"""Of one body in so many all is done, whenever it comes. Of some of the requests one would see next
-to none come again, as what came before them was seldom kept; of some of the bodies as many as of
-all."""
+"""Of one body in so many all is done, whenever and in whichever process it comes. Of some of the
+requests one would see next to none come again, as what came before them was seldom kept; of some of
+the bodies as many as of all."""
 
 Keys = tuple[Key, ...]
 
@@ -219,9 +220,10 @@ class ResponseCache:
 
     def admits(self, body: bytes | None) -> bool:
         """Whether the one row in `body` is to be looked up and its answer kept, if the model takes
-        hardly longer than that; otherwise it is to be asked as it is without a cache.
+        hardly longer than that; otherwise it is to be asked as it is without a cache. Without a
+        body, which `app.inference.Terms` tells of, it always is.
         """
-        if body is None or self._lock_s or not hash(body) % ALWAYS_ASKED:
+        if body is None or self._lock_s or not crc32(body) % ALWAYS_ASKED:
             return True
         if not self._passed_by:
             if self._rows.take(1):

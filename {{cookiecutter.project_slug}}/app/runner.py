@@ -62,15 +62,17 @@ class Pace:
 
     def __init__(self) -> None:
         self._mean = INLINE_BELOW_S * math.e
-        self.row_s = INLINE_BELOW_S * math.e
-        """What batches took lately for each of their rows, on average."""
+        self.row_s = INLINE_BELOW_S
+        """What batches that worked took lately for each of their rows, waits included."""
 
     @property
     def is_quick(self) -> bool:
         return self._mean < INLINE_BELOW_S
 
-    def ran(self, seconds: float, rows: int = 1) -> None:
+    def ran(self, seconds: float) -> None:
         self._mean += (seconds - self._mean) / MEMORY_RUNS
+
+    def took(self, seconds: float, rows: int) -> None:
         self.row_s += (seconds / rows - self.row_s) / MEMORY_RUNS
 
 
@@ -80,6 +82,10 @@ class Run:
 
     outcomes: Sequence[Outcome]
     seconds: float
+    """Without waits for the interpreter's lock."""
+
+    elapsed: float
+    """With all waits."""
 
 
 class Instance:
@@ -192,14 +198,15 @@ class Runner:
         started = perf_counter()
         try:
             answer.set_result(run(predictor, rows))
+            self.pace.took(perf_counter() - started, len(rows))
             self.last_success = monotonic()
         except PredictionFailed as error:
             self._fail(answer, error)
-        self._note_pace(perf_counter() - started, len(rows))
+        self._note_pace(perf_counter() - started)
 
-    def _note_pace(self, seconds: float, rows: int) -> None:
+    def _note_pace(self, seconds: float) -> None:
         was_quick = self.pace.is_quick
-        self.pace.ran(seconds, rows)
+        self.pace.ran(seconds)
         if was_quick == self.pace.is_quick or not self.may_run_inline or self._is_always_inline:
             return
         if was_quick:
@@ -233,7 +240,8 @@ class Runner:
             self._fail(answer, error)
         else:
             ran = running.result()
-            self._note_pace(ran.seconds, len(ran.outcomes))
+            self._note_pace(ran.seconds)
+            self.pace.took(ran.elapsed, len(ran.outcomes))
             self.last_success = monotonic()
             answer.set_result(ran.outcomes)
 
@@ -296,5 +304,6 @@ def _as_list(predictor: Predictor, rows: Rows, outcomes: Any) -> list[Outcome]:
 def _timed(predict: Callable[[], Sequence[Outcome]]) -> Run:
     computed, started = thread_time(), perf_counter()
     outcomes = predict()
-    seconds = perf_counter() - started
-    return Run(outcomes, seconds if seconds > LOCK_WAIT_S else thread_time() - computed)
+    elapsed = perf_counter() - started
+    seconds = elapsed if elapsed > LOCK_WAIT_S else thread_time() - computed
+    return Run(outcomes, seconds, elapsed)

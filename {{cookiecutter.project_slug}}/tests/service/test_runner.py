@@ -19,7 +19,7 @@ from app.predictor import (
     Device,
     PipelinedPredictor,
 )
-from app.runner import INLINE_BELOW_S, MEMORY_RUNS, NICER_THAN_LOOP, Pace, Runner
+from app.runner import INLINE_BELOW_S, LOCK_WAIT_S, MEMORY_RUNS, NICER_THAN_LOOP, Pace, Runner
 
 QUICK_S = INLINE_BELOW_S / 10
 
@@ -145,6 +145,21 @@ class TestWhere:
             for _ in range(MEMORY_RUNS):
                 await runner.run([Features()])
             assert not runner.pace.is_quick
+            runner.close()
+
+        run(test)
+
+    @pytest.mark.parametrize("is_inline", [True, False])
+    def test_what_it_takes_for_a_row_includes_what_it_waits(self, is_inline: bool) -> None:
+        class Waits(Here):
+            runs_inline = is_inline
+
+        async def test() -> None:
+            runner = await loaded(Waits)
+            runner.predictor.do = lambda: sleep(LOCK_WAIT_S / 2)  # type: ignore[attr-defined]
+            for _ in range(4 * MEMORY_RUNS):
+                await runner.run([Features()] * 2)
+            assert runner.pace.row_s > LOCK_WAIT_S / 5
             runner.close()
 
         run(test)
