@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.contestants import contestants
 from benchmarks.plot import Bar, Panel, draw
-from benchmarks.sections import AT_FIRST, BATCHED, KNOWN, MANY, OURS, POLICIES
+from benchmarks.sections import BATCHED, KNOWN, MANY, OURS, POLICIES
 from benchmarks.workloads import WORKLOADS
 
 BARE, TUTORIAL = "bare_asgi", "tutorial_fastapi"
@@ -103,9 +103,8 @@ class Figures:
 
 CACHE = """This template over one connection and over 32: without the cache, with it in memory, and
 with Redis alone (CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the
-requests that were sent before; of the others, none comes twice. "At first" is before a model that
-takes hardly longer than the cache has been sent 20,000 rows that were new: from then on one in 64
-of them and 250 a second are looked up and kept, and the others go to the model as without a cache.
+requests that were sent before; of the others, none comes twice. Of a model that takes hardly longer
+than the cache most of these go to it as without a cache, once it was sent 2,000 of them.
 """
 
 
@@ -174,22 +173,14 @@ TARGETS = [
 
 
 CACHE_TARGETS = [
-    ("W1, 32 connections, all in memory, to none, at first: throughput", 1.3, True,
-     ("per_s", "w1", 32, ("memory", "100% at first"), ("memory", "0% at first"))),
-    ("W1, 32 connections, all in memory, to none, at first: p50", 1.0, False,
-     ("p50_ms", "w1", 32, ("memory", "100% at first"), ("memory", "0% at first"))),
     ("W1, 32 connections, all in memory, to none: throughput", 1.3, True,
      ("per_s", "w1", 32, ("memory", "100%"), ("memory", "0%"))),
     ("W1, 32 connections, all in memory, to none: p50", 1.0, False,
      ("p50_ms", "w1", 32, ("memory", "100%"), ("memory", "0%"))),
     ("W1, 32 connections, none in memory, to no cache: throughput", 0.92, True,
      ("per_s", "w1", 32, ("memory", "0%"), ("off", "0%"))),
-    ("W1, 32 connections, none in memory, to no cache, at first: throughput", 0.92, True,
-     ("per_s", "w1", 32, ("memory", "0% at first"), ("off", "0% at first"))),
     ("W1, 32 connections, none in Redis, to no cache: throughput", 0.75, True,
      ("per_s", "w1", 32, ("redis", "0%"), ("off", "0%"))),
-    ("W1, 32 connections, none in Redis, to no cache, at first: throughput", 0.75, True,
-     ("per_s", "w1", 32, ("redis", "0% at first"), ("off", "0% at first"))),
     ("W2, 1 connection, all in Redis, to none: throughput", 10, True,
      ("per_s", "w2", 1, ("redis", "100%"), ("redis", "0%"))),
 ]  # fmt: skip
@@ -401,7 +392,6 @@ def _growth(figures: Figures) -> str:
 def _cache(figures: Figures) -> str:
     parts = ["## The response cache\n", CACHE]
     known = [f"known {share:.0%}" for share in KNOWN]
-    in_order = [*known, *(point + AT_FIRST for point in known)]
 
     def median_of(what: str, workload: str, connections: int, tier: str, point: str) -> Number:
         asked = {"workload": workload, "connections": connections, "tier": tier, "point": point}
@@ -409,22 +399,19 @@ def _cache(figures: Figures) -> str:
 
     for workload in figures.values("cache", "workload"):
         for connections in (1, MANY):
-            asked = {"workload": workload, "connections": connections}
-            measured = {entry["point"] for entry in figures.all("cache", **asked)}
-            points = [point for point in in_order if point in measured]
             rows = [
                 [tier]
                 + [
                     number(median_of(what, workload, connections, tier, point))
                     for what in ("per_s", "p50_ms")
-                    for point in points
+                    for point in known
                 ]
                 for tier in figures.values("cache", "tier")
             ]
-            head = ["", *(f"req/s, {point}" for point in points)]
+            head = ["", *(f"req/s, {point}" for point in known)]
             parts += [
                 f"{workload.upper()}, {connections} connection{'s' * (connections > 1)}:\n",
-                table([*head, *(f"p50 ms, {point}" for point in points)], rows),
+                table([*head, *(f"p50 ms, {point}" for point in known)], rows),
             ]
 
     def to(

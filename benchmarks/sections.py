@@ -68,17 +68,10 @@ STEADY = 0.9
 KNOWN = [0.0, 0.5, 1.0]
 """Shares of requests that were sent before, in the section on the cache."""
 
-AT_FIRST = " at first"
-AT_FIRST_S = 0.75
-"""For so long in all. The cache of a trivial model is asked for more rows in vain (`VAIN_ROWS` of
-the service) than are sent in that time."""
-
-IN_VAIN_S = 6
-"""In this time such a model is sent more."""
-
 LEAD_IN_S = 0.5
-"""For so long a service goes on before each slice after that: while the others were asked, some
-more rows in vain have been allowed."""
+"""For so long many connections go on before each slice. A trivial model's cache is asked for as
+many rows in vain as it may be at once (`VAIN_ROWS` of the service), and while the others were asked
+more have been allowed."""
 
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
 """More than are answered in a second, as none may come twice."""
@@ -526,8 +519,7 @@ def cache(bench: Bench) -> list[Measurement]:
     with redis_server(bench.cores.load) as redis:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
-            slices_s = 2 * (bench.seconds + CACHE_SLICES * LEAD_IN_S)
-            seconds = AT_FIRST_S + IN_VAIN_S + slices_s
+            seconds = 2 * bench.seconds + CACHE_SLICES * LEAD_IN_S
             count = int(FRESH_PER_S[workload] * seconds)
             fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
             feeds = {share: mixed(known, fresh, share) for share in KNOWN}
@@ -552,14 +544,6 @@ def _caches_side_by_side(
         exchanges = list(itertools.islice(feeds[key], most))
         return running[key].load(connections, seconds=seconds, exchanges=exchanges)
 
-    def load_all(turn: int, connections: int, seconds: float, when: str = "") -> None:
-        for tier, share in rotated(list(running), about["round"] + turn):
-            of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}{when}"}
-            if not when:
-                load((tier, share), connections, LEAD_IN_S)
-            result = load((tier, share), connections, seconds / CACHE_SLICES)
-            found.append(show(about | of | {"connections": connections}, result))
-
     with ExitStack() as stack:
         # What is compared runs one after the other: a machine that is shared changes by the second.
         for share, tier in itertools.product(KNOWN, TIERS):
@@ -570,12 +554,13 @@ def _caches_side_by_side(
             # It is warmed up with those that are to be known.
             running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
             feeds[key] = iter(mixtures[share])
-        for turn in range(CACHE_SLICES):
-            load_all(turn, MANY, AT_FIRST_S, AT_FIRST)
-        for tier in TIERS:
-            load((tier, 0.0), MANY, IN_VAIN_S)
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
-            load_all(turn, connections, bench.seconds)
+            for tier, share in rotated(list(running), about["round"] + turn):
+                of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}"}
+                if connections == MANY:
+                    load((tier, share), MANY, LEAD_IN_S)
+                result = load((tier, share), connections, bench.seconds / CACHE_SLICES)
+                found.append(show(about | of | {"connections": connections}, result))
     return found
 
 

@@ -54,7 +54,7 @@ EARNED_BY_HIT = 16
 """How many more lookups one that finds something pays for: where one in sixteen does, there is no
 bound."""
 
-VAIN_ROWS = 20_000
+VAIN_ROWS = 2000
 VAIN_ROWS_PER_S = 250
 ROWS_EARNED_BY_HIT = 64
 """The same of rows that come one by one to a model that takes hardly longer than what is done here
@@ -163,8 +163,8 @@ class ResponseCache:
         self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
         """That may still come in vain."""
 
-        self._passed_by = 0
-        """Rows since that ended, until it is looked at again."""
+        self._passed_by: set[int] = set()
+        """Hashes of the bodies since that ended, until it is looked at again."""
 
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
@@ -225,16 +225,20 @@ class ResponseCache:
         """
         if body is None or self._lock_s or not crc32(body) % ALWAYS_ASKED:
             return True
+        found = hash(body)
+        if found in self._passed_by:
+            # It comes again. Of many who ask the same at once, one more leads, and all follow.
+            return True
         if not self._passed_by:
             if self._rows.take(1):
                 return True
             self._loop.call_later(REFILL_S, self._count_passed_by, context=Context())
-        self._passed_by += 1
+        self._passed_by.add(found)
         return False
 
     def _count_passed_by(self) -> None:
-        passed_by, self._passed_by = self._passed_by, 0
-        self.metrics.passed_by(passed_by)
+        passed_by, self._passed_by = self._passed_by, set()
+        self.metrics.passed_by(len(passed_by))
 
     def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
         """Of the only row, if nothing is known of it here, nobody asks the model for it, and the

@@ -65,6 +65,9 @@ class Pace:
         self.row_s = INLINE_BELOW_S
         """What batches that worked took lately for each of their rows, waits included."""
 
+        self._batches = 0
+        """That `row_s` is of, `MEMORY_RUNS` at the most."""
+
     @property
     def is_quick(self) -> bool:
         return self._mean < INLINE_BELOW_S
@@ -73,7 +76,8 @@ class Pace:
         self._mean += (seconds - self._mean) / MEMORY_RUNS
 
     def took(self, seconds: float, rows: int) -> None:
-        self.row_s += (seconds / rows - self.row_s) / MEMORY_RUNS
+        self._batches = min(self._batches + 1, MEMORY_RUNS)
+        self.row_s += (seconds / rows - self.row_s) / self._batches
 
 
 @dataclass(slots=True)

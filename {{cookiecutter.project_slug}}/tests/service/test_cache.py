@@ -100,7 +100,7 @@ def served(cached: ResponseCache, asked: Model, **more: Any) -> Any:
     def submit(rows: Any, _: float, outlet: Any, **__: Any) -> Any:
         ticket: Any = asked.submit(rows, outlet)
         ticket.timings = None
-        asyncio.get_running_loop().call_soon(asked.say)
+        asyncio.get_running_loop().call_soon(asked.say, len(asked.asked) - 1)
         return ticket
 
     outlet = asyncio.get_running_loop().create_future

@@ -262,6 +262,16 @@ class TestOfATrivialModel:
 
         run(test)
 
+    def test_of_many_who_ask_the_same_the_model_is_asked_for_two(self) -> None:
+        async def test() -> None:
+            model, cached = Model(), bounded(0)
+            its, one = served(cached, model), next(bodies(is_always_asked=False))
+            await asyncio.gather(*(send(its, 1, one) for _ in range(100)))
+            assert list(itertools.chain(*model.asked)) == [1, 1]
+            assert (await send(its, 1, one)).cache == "hit"
+
+        run(test)
+
     def test_models_that_take_longer_and_those_that_share_runs_have_no_bound(self) -> None:
         async def test() -> None:
             its = served(bounded(0), Model(), is_trivial=False)
@@ -347,9 +357,9 @@ def test_a_model_is_trivial_once_its_batches_have_shown_it(tmp_path: Path) -> No
         model = ModelRepository(settings).get("double")
         assert not model.is_trivial
         pace = model._runner.pace
-        for _ in range(10 * MEMORY_RUNS):
-            pace.took(8 * TRIVIAL_BELOW_S, rows=16)
-        assert model.is_trivial
+        for of_the_bound, is_trivial in ((0.5, True), (2.0, False), (0.4, True)):
+            pace.took(16 * of_the_bound * TRIVIAL_BELOW_S, rows=16)
+            assert model.is_trivial is is_trivial
         for _ in range(10 * MEMORY_RUNS):
             pace.took(8 * TRIVIAL_BELOW_S, rows=4)
         assert not model.is_trivial
