@@ -82,7 +82,7 @@ bench: $(DEV)/installed  ## Side by side with other servers, an hour; ARGS=--qui
 bench-fire: $(DEV)/installed  ## Bad neighbours, poison, overload, a stop and hang-ups, a quarter of an hour
 	$(DEV)/bin/python -m benchmarks.fire $(ARGS)
 
-bench-shared-cache: $(DEV)/installed  ## 100,000 requests to services that share a failing Redis, two minutes
+bench-shared-cache: $(DEV)/installed  ## 100,000 requests to services that share a failing Redis, and what a hang adds, three minutes
 	$(DEV)/bin/python -m benchmarks.shared_cache $(ARGS)
 
 bench-rollout: $(DEV)/installed  ## Rolling restarts through HAProxy and killed workers, 100,000 requests, five minutes

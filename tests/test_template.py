@@ -26,7 +26,7 @@ LAYERS = [
     {"batching", "runner", "tensor_parser"},
     {"protocol"},
     {"intake"},
-    {"tensor", "redis_store"},
+    {"tensor", "redis_store", "onnx"},
     {
         "breaker",
         "canonical",
@@ -38,7 +38,7 @@ LAYERS = [
         "predictor",
         "reference",
         "artifacts",
-        "onnx",
+        "cpus",
         "tickets",
         "waiting",
         "jobs",

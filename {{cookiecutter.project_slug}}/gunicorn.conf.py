@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from app.cpus import usable_cpus
 from app.logs import logging_config
 from app.server_settings import read_server_settings
 
@@ -24,6 +25,10 @@ logconfig_dict = logging_config(settings)
 
 # Models are loaded in each worker: a CUDA context and threads do not survive a fork.
 preload_app = False
+
+# OpenMP, OpenBLAS and MKL, by which scikit-learn and PyTorch compute, count the machine's CPUs and
+# not those of the container.
+os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 # Longer than the idle time-out of the usual proxies, so that they close first, not we.
 keepalive = 75

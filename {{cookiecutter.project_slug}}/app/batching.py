@@ -173,6 +173,9 @@ class Collector(Generic[RowT, OutcomeT]):
         """For what is not done on behalf of the request that happened to come last."""
 
         self._queues: dict[Group, OrderedDict[_Request[RowT, OutcomeT], None]] = {}
+        self._waiting: dict[int, int] = {}
+        """Rows in them, by priority."""
+
         self._accepted: Deadlines[_Request[RowT, OutcomeT]] = Deadlines(self._expire, clock)
         self._batches: set[_Batch[RowT, OutcomeT]] = set()
         self._wake: asyncio.Handle | None = None
@@ -201,13 +204,22 @@ class Collector(Generic[RowT, OutcomeT]):
     def _has_free_slot(self) -> bool:
         return len(self._batches) < self.limits.slots
 
-    def expected_wait(self) -> float:
+    def expected_wait(self, priority: float = inf) -> float:
         """How long a request that came now would wait until its batch begins, at the least."""
-        batches = len(self._batches) + self.rows_waiting // self.limits.max_rows
+        ahead = sum([rows for other, rows in self._waiting.items() if other <= priority])
+        batches = len(self._batches) + ahead // self.limits.max_rows
         by_cost = (batches // self.limits.slots) * self.cost(self.limits.max_rows)
         return max(by_cost, batches * self._turnaround)
 
-    def admit(self, rows: int, deadline: float) -> None:
+    def _own_cost(self, rows: int) -> float:
+        """What it takes to run `rows` alone, in as many batches as they are, at the least."""
+        most = self.limits.max_rows
+        if rows <= most:
+            return self.cost(rows)
+        full, rest = divmod(rows, most)
+        return (full // self.limits.slots) * self.cost(most) + (self.cost(rest) if rest else 0.0)
+
+    def admit(self, rows: int, deadline: float, priority: float = inf) -> None:
         """Whether `rows` would be taken now.
 
         Raises:
@@ -222,8 +234,8 @@ class Collector(Generic[RowT, OutcomeT]):
             raise Overloaded("Too many rows wait for the model.", self.expected_wait())
         # An idle model is always asked: what is known of its cost may have been a fluke.
         if self._batches:
-            wait = self.expected_wait()
-            if self._clock() + CAUTION * wait + self.cost(rows) > deadline:
+            wait = self.expected_wait(priority)
+            if self._clock() + CAUTION * wait + self._own_cost(rows) > deadline:
                 self._metrics.rejected("deadline")
                 raise Overloaded("The model would not get to this request in time.", wait)
 
@@ -248,7 +260,7 @@ class Collector(Generic[RowT, OutcomeT]):
         Raises:
             NotReady, Overloaded: see `admit`.
         """
-        self.admit(len(rows), deadline)
+        self.admit(len(rows), deadline, group[0])
         now = self._clock()
         self._count += 1
         timings = Timings(now, self.tracer.request() if self.tracer else None)
@@ -270,7 +282,7 @@ class Collector(Generic[RowT, OutcomeT]):
             if queue is None:
                 queue = self._queues[group] = OrderedDict()
             queue[request] = None
-            self.rows_waiting += len(rows)
+            self._count_waiting(group, len(rows))
             if self._batches:
                 self._metrics.waiting(self.rows_waiting)
             if self.rows_waiting >= self.limits.max_rows and self._may_start_full():
@@ -302,12 +314,18 @@ class Collector(Generic[RowT, OutcomeT]):
         queue = self._queues.get(request.group)
         if queue and request in queue:
             del queue[request]
-            self.rows_waiting -= request.waiting
+            self._count_waiting(request.group, -request.waiting)
+            self._metrics.waiting(self.rows_waiting)
             if not queue:
                 del self._queues[request.group]
             if not self.rows_waiting and not self._is_due:
                 # It was set for who has gone.
                 self._cancel_wake()
+
+    def _count_waiting(self, group: Group, more: int) -> None:
+        priority, _ = group
+        self.rows_waiting += more
+        self._waiting[priority] = self._waiting.get(priority, 0) + more
 
     def _may_start_at_once(self, request: _Request[RowT, OutcomeT]) -> bool:
         now, rows = request.timings.queued, len(request.rows)
@@ -415,7 +433,7 @@ class Collector(Generic[RowT, OutcomeT]):
         parts: _Parts[RowT, OutcomeT] = []
         room = self.limits.max_rows
         for group in self._next_groups(now):
-            queue = self._queues[group]
+            queue, room_before = self._queues[group], room
             while room and (request := self._head(queue, now)):
                 rows, first = request.rows, len(request.rows) - request.waiting
                 if first or request.waiting > room:
@@ -428,7 +446,7 @@ class Collector(Generic[RowT, OutcomeT]):
             if not queue:
                 # Unless the last one had expired.
                 self._queues.pop(group, None)
-        self.rows_waiting -= self.limits.max_rows - room
+            self._count_waiting(group, room - room_before)
         return parts
 
     def _head(
@@ -563,18 +581,19 @@ class Collector(Generic[RowT, OutcomeT]):
         rows: int,
         error: OutOfMemory,
     ) -> None:
-        """Allow half as many rows from now on, and run these in as small batches, once."""
-        most = self.limits.smaller(rows)
+        """Allow half as many rows from now on, and run these in halves, once."""
+        most, fewer = self.limits.smaller(rows), self.limits.smaller(self.limits.max_rows)
         if not most or batch.was_too_large:
             for part in parts:
                 _fail(part.request, type(error)(error.detail), cause=error)
             return
         batch.was_too_large = True
-        if most < self.limits.max_rows:
-            self.limits.max_rows = most
-            self._enough = min(self._enough, most)
-            self._metrics.max_rows.set(most)
-            log.warning("the model ran out of memory; batches have at most %d rows now", most)
+        # One that was begun before they were made smaller says nothing of those.
+        if rows <= self.limits.max_rows:
+            self.limits.max_rows = fewer
+            self._enough = min(self._enough, fewer)
+            self._metrics.max_rows.set(fewer)
+            log.warning("the model ran out of memory; batches have at most %d rows now", fewer)
         batch.to_run += reversed(_in_chunks(parts, most))
 
     def _deliver(self, parts: _Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
@@ -584,14 +603,14 @@ class Collector(Generic[RowT, OutcomeT]):
             if request.outlet.done():
                 continue
             if len(rows) == len(request.rows):
-                request.outlet.set_result(outcomes[begin:end])
+                _answer(request, outcomes[begin:end])
                 continue
             request.outcomes = request.outcomes or {}
             request.outcomes[first] = outcomes[begin:end]
             request.answered += len(rows)
             if request.answered == len(request.rows):
                 in_order = (request.outcomes[first] for first in sorted(request.outcomes))
-                request.outlet.set_result(list(chain.from_iterable(in_order)))
+                _answer(request, list(chain.from_iterable(in_order)))
 
     def drain(self) -> None:
         """Take no more requests; those that were taken are still answered."""
@@ -622,6 +641,15 @@ def _in_chunks(parts: _Parts[RowT, OutcomeT], max_rows: int) -> list[_Parts[RowT
             begin += len(rows)
             room -= len(rows)
     return chunks
+
+
+def _answer(request: _Request[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
+    try:
+        request.outlet.set_result(outcomes)
+    except Exception as error:
+        # Not those behind it are to pay for it, nor the batch's slot to be lost.
+        log.exception("an answer could not be delivered")
+        _fail(request, PredictionFailed("The answer could not be delivered."), cause=error)
 
 
 def _fail(

@@ -227,7 +227,7 @@ class ResponseCache:
             return True
         found = hash(body)
         if found in self._passed_by:
-            # It comes again. Of many who ask the same at once, one more leads, and all follow.
+            # Of many who ask the same at once, one more leads, and the others follow.
             return True
         if not self._passed_by:
             if self._rows.take(1):
@@ -478,7 +478,7 @@ class ResponseCache:
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
             self._lookups.give(EARNED_BY_HIT)
-        elif not self._is_ours(key, value):
+        else:
             shared.discard(self._name(key))
         return known
 

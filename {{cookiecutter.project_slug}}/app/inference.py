@@ -64,14 +64,14 @@ class Answer:
     body there are no outcomes then."""
 
 
-def admit(model: ServedModel, deadline: float) -> None:
+def admit(model: ServedModel, deadline: float, priority: int) -> None:
     """Whether a request would be taken now, before anything is spent on it.
 
     Raises:
         NotReady, Overloaded: it would not.
     """
     try:
-        model.admit(deadline)
+        model.admit(deadline, priority)
     except ServiceError as error:
         _count(model, error)
         raise

@@ -1,12 +1,11 @@
 """Opening an ONNX Runtime session well: the right device or a clear refusal, and sane threads."""
 
 import ctypes
-import math
-import os
 from pathlib import Path
 
 import onnxruntime as ort
 
+from app.cpus import usable_cpus
 from app.errors import StartupError
 from app.predictor import Device, Provider
 
@@ -66,18 +65,3 @@ def _missing_library() -> str:
 
 def provider_of(session: ort.InferenceSession) -> Provider:
     return "cuda" if _CUDA in session.get_providers() else "cpu"
-
-
-def usable_cpus() -> int:
-    """CPUs of this process: its affinity, or the cgroup's quota where that is less; at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, cgroup_quota()))
-
-
-def cgroup_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    # cgroup v2: "max 100000" or "<quota> <period>", in microseconds.
-    try:
-        quota, period = path.read_text().split()
-        return math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):
-        return os.cpu_count() or 1

@@ -270,6 +270,9 @@ class Protocol(HttpToolsProtocol):
         expected = headers.get(b"expect")
         self.expect_100_continue = expected is not None and expected.lower() == b"100-continue"
         path, parser = self._plain_paths.get(self.url), self.parser
+        if path is None and b"?" in self.url:
+            # They take no parameters, but callers may add a key or a version.
+            path = self._plain_paths.get(self.url.partition(b"?")[0])
         if path is None or parser.get_method() != b"POST":
             self._begin_usual()
             return

@@ -14,7 +14,6 @@ from functools import cached_property
 from itertools import islice, repeat
 from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
-from urllib.parse import unquote, urlsplit
 
 import hiredis
 from redis.asyncio import Redis
@@ -169,7 +168,11 @@ class _Questions(Generic[QuestionT, AnswerT]):
 
 
 class RedisStore:
-    """A client of one Redis; not to be used before there is an event loop."""
+    """A client of one Redis; not to be used before there is an event loop.
+
+    Raises:
+        TypeError, ValueError: there is no such option as the URL has, or not with such a value.
+    """
 
     def __init__(self, url: str, timeout_s: float, metrics: StoreMetrics) -> None:
         self._redis = Redis.from_url(
@@ -184,7 +187,10 @@ class RedisStore:
             # With them it would not notice that a connection has data that nobody asked for.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
-        self._password = unquote(urlsplit(url).password or "")
+        pool = self._redis.connection_pool
+        # It would fail with each exchange.
+        pool.make_connection()  # type: ignore[no-untyped-call]
+        self._password = pool.connection_kwargs.get("password", "")
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._reading = Breaker(lambda state: self._note("lookups", state))

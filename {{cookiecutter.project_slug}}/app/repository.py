@@ -306,7 +306,7 @@ class ServedModel:
                 ", ".join(sorted(trained ^ served)),
             )
 
-    def admit(self, deadline: float) -> None:
+    def admit(self, deadline: float, priority: int) -> None:
         """Whether a request would be taken now, whatever it holds.
 
         Raises:
@@ -314,7 +314,7 @@ class ServedModel:
         """
         if self._collector is None:
             raise NotReady(f"Model {self.name} is {self.state}.")
-        self._collector.admit(1, deadline)
+        self._collector.admit(1, deadline, priority)
 
     def expected_wait(self) -> float:
         """How long a row that came now would wait, in seconds, at the least."""
@@ -515,4 +515,7 @@ def _redis(settings: Settings) -> "RedisStore | None":
     from app.redis_store import RedisStore  # noqa: PLC0415
 
     url, timeout_s = settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000
-    return RedisStore(url, timeout_s, StoreMetrics())
+    try:
+        return RedisStore(url, timeout_s, StoreMetrics())
+    except (TypeError, ValueError) as error:
+        raise StartupError(f"REDIS_URL: an option behind the ? is wrong: {error}") from None

@@ -174,7 +174,7 @@ class Settings(BaseSettings):
         except ValueError:
             # Its message has parts of the URL, and they may be of the password.
             raise ValueError(
-                "it is no URL; write / # ? and @ in a password as %2F %23 %3F %40"
+                "it is no URL of one server; write / # ? and @ in a password as %2F %23 %3F %40"
             ) from None
         if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError(

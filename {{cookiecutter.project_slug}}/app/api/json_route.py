@@ -230,7 +230,7 @@ class JsonRoute:
             call.priority = _priority(headers)
             call.use = _cache_use(headers)
         deadline = call.started + timeout_s
-        inference.admit(self.model, deadline)
+        inference.admit(self.model, deadline, call.priority)
         call.deadline = deadline
 
     async def answer(self, call: Call, receive: Receive | None) -> bytes:

@@ -400,6 +400,38 @@ class TestOverload:
 
         run(test())
 
+    def test_the_urgent_wait_for_the_urgent_alone(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=10))
+            await submit(collecting, "a")
+            requests = [submit(collecting, "b")]
+            await settle()
+            requests += [submit(collecting, *range(20), priority=7)]
+            await settle()
+            deadline = asyncio.get_running_loop().time() + 25
+            with pytest.raises(Overloaded) as caught:
+                await submit(collecting, "c", priority=7, deadline=deadline)
+            assert caught.value.headers == {"Retry-After": "60"}
+            assert await submit(collecting, "c", priority=0, deadline=deadline) == ["c!"]
+            await asyncio.gather(*requests)
+            assert collecting.expected_wait(7) == 0
+
+        run(test())
+
+    def test_of_many_rows_all_batches_count(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=10))
+            await submit(collecting, "a")
+            requests = [submit(collecting, "b")]
+            await settle()
+            now = asyncio.get_running_loop().time()
+            with pytest.raises(Overloaded):
+                await submit(collecting, *range(9), deadline=now + 40)
+            requests += [submit(collecting, *range(9), deadline=now + 45)]
+            await asyncio.gather(*requests)
+
+        run(test())
+
 
 class TestStopping:
     def test_draining_answers_what_was_taken_and_takes_no_more(self) -> None:

@@ -27,6 +27,9 @@ class Callers(RuleBasedStateMachine):
         self.loop = asyncio.SelectorEventLoop(self.selector)
         self.loop.time = lambda: self.selector.now  # type: ignore[method-assign]
         self.seconds = 1.0
+        self.is_inline = False
+        """Whether the model runs on the loop, and has its answer when it is asked."""
+
         self.memory = MAX_ROWS
         self.next_row = 0
         self.poison: set[int] = set()
@@ -52,6 +55,8 @@ class Callers(RuleBasedStateMachine):
 
         def run(rows: list[int]) -> "asyncio.Future[Sequence[int]]":
             nonlocal running
+            if self.is_inline:
+                return self.answered_at_once(rows)
             running += 1
             assert running <= slots, "more batches than slots"
             answer = asyncio.ensure_future(self.model(rows), loop=self.loop)
@@ -64,7 +69,21 @@ class Callers(RuleBasedStateMachine):
 
         return self.loop.run_until_complete(create())
 
+    def answered_at_once(self, rows: list[int]) -> "asyncio.Future[Sequence[int]]":
+        answer: asyncio.Future[Sequence[int]] = self.loop.create_future()
+        try:
+            self.take(rows)
+            answer.set_result(self.answer(rows))
+        except (OutOfMemory, PredictionFailed) as error:
+            answer.set_exception(error)
+        return answer
+
     async def model(self, rows: list[int]) -> Sequence[int]:
+        self.take(rows)
+        await asyncio.sleep(self.seconds)
+        return self.answer(rows)
+
+    def take(self, rows: list[int]) -> None:
         assert 1 <= len(rows) <= MAX_ROWS
         assert not self.gone & set(rows), "the model was given rows that nobody waits for"
         for row in set(rows) - self.seen:
@@ -72,7 +91,8 @@ class Callers(RuleBasedStateMachine):
         self.seen |= set(rows)
         if len(rows) > self.memory:
             raise OutOfMemory("no memory")
-        await asyncio.sleep(self.seconds)
+
+    def answer(self, rows: list[int]) -> Sequence[int]:
         if self.poison & set(rows):
             raise PredictionFailed("poisoned")
         return [-row for row in rows]
@@ -96,6 +116,10 @@ class Callers(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.001, 0.1, 1.0, 5.0]))
     def change_speed(self, seconds: float) -> None:
         self.seconds = seconds
+
+    @rule(is_inline=st.booleans())
+    def change_place(self, is_inline: bool) -> None:
+        self.is_inline = is_inline
 
     @rule(rows=st.sampled_from([MAX_ROWS // 2, MAX_ROWS]))
     def change_memory(self, rows: int) -> None:
@@ -153,6 +177,9 @@ class Callers(RuleBasedStateMachine):
         queued = [request for queue in self.collector._queues.values() for request in queue]
         rows = sum(request.waiting for request in queued)
         assert self.collector.rows_waiting == rows <= QUEUE_MAX_ROWS
+        for priority, waiting in self.collector._waiting.items():
+            of_it = [request.waiting for request in queued if request.group[0] == priority]
+            assert waiting == sum(of_it)
         assert not [request for request in queued if request.outlet.done()]
 
     def teardown(self) -> None:

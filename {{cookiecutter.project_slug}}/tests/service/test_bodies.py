@@ -78,7 +78,7 @@ def test_who_is_not_read_in_time_is_not_told_to_have_been_late(
     has_come: bool, error: type[ServiceError]
 ) -> None:
     async def test() -> None:
-        model: Any = SimpleNamespace(admit=lambda _: None, cache=None, metrics=None)
+        model: Any = SimpleNamespace(admit=lambda *_: None, cache=None, metrics=None)
         endpoint = Endpoint(Body, Body, lambda _: [], lambda *_: b"", "", {})
         route = JsonRoute("/predict", endpoint, model, Rules(0.01, ApiKeys([]), Bodies(100, 100)))
         exchange: Any = SimpleNamespace(

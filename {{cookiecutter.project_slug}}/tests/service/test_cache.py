@@ -104,7 +104,7 @@ def served(cached: ResponseCache, asked: Model, **more: Any) -> Any:
         return ticket
 
     outlet = asyncio.get_running_loop().create_future
-    its: dict[str, Any] = {"values": None, "metrics": None, "admit": lambda _: None}
+    its: dict[str, Any] = {"values": None, "metrics": None, "admit": lambda *_: None}
     its["is_trivial"] = True
     its |= {"cache": cached, "version": "1", "submit": submit, "outlet": outlet}
     return SimpleNamespace(**(its | more))

@@ -77,6 +77,22 @@ class TestFailing:
 
         run(test())
 
+    def test_who_cannot_take_an_answer_costs_the_others_neither_theirs_nor_the_slot(self) -> None:
+        class Broken(asyncio.Future[Sequence[Any]]):
+            def set_result(self, _: Sequence[Any], /) -> None:
+                raise MemoryError
+
+        async def test() -> None:
+            collecting, broken = collector(Model()), Broken()
+            collecting.enqueue(["a"], FAR, broken)
+            assert await submit(collecting, "b") == ["b!"]
+            with pytest.raises(PredictionFailed):
+                await broken
+            await settle()
+            assert collecting.is_idle
+
+        run(test())
+
 
 class TestCounting:
     """What cannot be seen in an answer."""
@@ -120,6 +136,23 @@ class TestCounting:
 
         run(test())
 
+    def test_rows_that_wait_no_more(self) -> None:
+        async def test() -> None:
+            collecting = collector(Model(fixed=10))
+            first = submit(collecting, "a")
+            await settle()
+            requests = [submit(collecting, *"bc", deadline=5.0), submit(collecting, *"def")]
+            await settle()
+            assert self.counted("inference_queue_depth") == 5
+            await asyncio.wait(requests[:1])
+            assert self.counted("inference_queue_depth") == 3
+            requests[1].cancel()
+            await settle()
+            assert self.counted("inference_queue_depth") == 0
+            await first
+
+        run(test())
+
 
 class TestMemory:
     """A model that runs out of it is asked for less."""
@@ -138,6 +171,29 @@ class TestMemory:
             assert [len(batch) for batch in model.batches] == [8, 4, 4]
             assert await submit(collecting, *range(6)) == [f"{row}!" for row in range(6)]
             assert [len(batch) for batch in model.batches[3:]] == [4, 2]
+
+        run(test())
+
+    def test_a_small_one_is_run_in_halves_and_later_ones_are_half_as_large_as_before(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 1
+            collecting = collector(model, max_rows=8)
+            assert await submit(collecting, *"ab") == ["a!", "b!"]
+            assert [len(batch) for batch in model.batches] == [2, 1, 1]
+            model.memory = 8
+            await submit(collecting, *range(8))
+            assert [len(batch) for batch in model.batches[3:]] == [4, 4]
+
+        run(test())
+
+    def test_two_at_a_time_that_were_begun_before_halve_it_once(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 4
+            collecting = collector(model, max_rows=8, slots=2)
+            await asyncio.gather(*(submit(collecting, *range(8)) for _ in range(2)))
+            assert collecting.limits.max_rows == 4
 
         run(test())
 

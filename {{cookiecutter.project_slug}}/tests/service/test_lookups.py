@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import random
 from collections.abc import Iterator, Mapping
+from math import nan
 from pathlib import Path
+from time import time
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -22,6 +24,7 @@ from app.cache import (
     ResponseCache,
     Stores,
     Times,
+    _value,
 )
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
@@ -30,7 +33,7 @@ from app.repository import TRIVIAL_BELOW_S, ModelRepository
 from app.runner import MEMORY_RUNS
 from app.settings import Settings
 from app.token_bucket import TokenBucket
-from tests.service.server import FAKES
+from tests.service.server import FAKES, WAIT_S
 from tests.service.test_cache import Answer, Features, Model, ask, cache, run, served, settle, ys
 
 
@@ -78,6 +81,9 @@ class Store:
 
     def put(self, values: Mapping[bytes, bytes], _: float) -> None:
         self.values |= values
+
+    def discard(self, name: bytes) -> None:
+        self.values.pop(name, None)
 
 
 def sharing(store: Any, lookups: int, **more: Any) -> ResponseCache:
@@ -157,6 +163,27 @@ def test_of_rows_that_come_together_as_many_are_looked_up_as_may_be() -> None:
         assert unasked(cached) == before + 3
         # They are kept for others all the same.
         assert len(store.values) == 6
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("said", "content", "invalid"),
+    [(0.0, b"{", 1), (0.0, b'{"z":2}', 1), (-1e9, b'{"y":2}', 0), (nan, b'{"y":2}', 0)],
+    ids=["no JSON", "no Prediction", "old", "of no time"],
+)
+def test_what_is_of_no_use_is_deleted(said: float, content: bytes, invalid: int) -> None:
+    async def test() -> None:
+        store, model = Store(), Model()
+        cached = sharing(store, 1)
+        key, before = cached.key(Features(x=1)), counted(cached, "invalid")
+        store.values[cached._name(key)] = _value(key, content, time() + said)
+        asking = ask(cached, model, 1.0)
+        await settle()
+        assert not store.values
+        model.say()
+        assert ys(await asking) == [2]
+        assert counted(cached, "invalid") == before + invalid
 
     run(test)
 
@@ -262,7 +289,12 @@ class TestOfATrivialModel:
 
         run(test)
 
-    def test_of_many_who_ask_the_same_the_model_is_asked_for_two(self) -> None:
+    def test_of_many_who_ask_the_same_the_model_is_asked_for_two(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # All that comes, comes before it is looked at again.
+        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+
         async def test() -> None:
             model, cached = Model(), bounded(0)
             its, one = served(cached, model), next(bodies(is_always_asked=False))

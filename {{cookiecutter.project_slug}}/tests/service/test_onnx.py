@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from app import onnx as sessions
+from app.cpus import usable_cpus
 from app.errors import StartupError
 from app.predictor import Device
 
@@ -58,18 +59,7 @@ def test_a_provider_that_does_not_start_is_refused_with_the_library_that_is_miss
 
 def test_threads_are_those_of_the_process_not_of_the_machine(model: Path) -> None:
     options = sessions.open_session(model, "cpu").get_session_options()
-    assert options.intra_op_num_threads == sessions.usable_cpus()
-    assert 1 <= sessions.usable_cpus() <= (os.cpu_count() or 1)
+    assert options.intra_op_num_threads == usable_cpus()
+    assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
     options = sessions.open_session(model, "cpu", threads=3).get_session_options()
     assert options.intra_op_num_threads == 3
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [("150000 100000", 2), ("50000 100000", 1), ("max 100000", os.cpu_count()), ("", None)],
-)
-def test_a_quota_of_the_cgroup_counts(tmp_path: Path, content: str, expected: int | None) -> None:
-    (tmp_path / "cpu.max").write_text(content)
-    quota = sessions.cgroup_quota(tmp_path / "cpu.max")
-    assert quota == (expected or os.cpu_count())
-    assert sessions.cgroup_quota(tmp_path / "nothing") == os.cpu_count()

@@ -338,6 +338,25 @@ class TestPasswords:
         assert "REDIS_URL" in line
         assert "tuna" not in line
 
+    def test_nor_in_what_is_told_of_a_failure_if_it_is_an_option(self) -> None:
+        async def test() -> None:
+            store = RedisStore("unix:///nowhere?password=sword%20fish", WAIT_S, StoreMetrics())
+            store._failed(store._reading, redis.ConnectionError("sword fish is wrong"))
+            assert store._fault == "ConnectionError: *** is wrong"
+            await store.close()
+
+        asyncio.run(test())
+
+    @pytest.mark.parametrize("option", ["soket_timeout=1", "socket_timeout=long"])
+    def test_an_option_that_is_none_is_refused_at_the_start(
+        self, start: Start, option: str
+    ) -> None:
+        service = start(REDIS_URL=f"redis://:swordfish@127.0.0.1:1?{option}")
+        assert service.exit_code() != 0
+        [line] = [line for line in service.log.splitlines() if "REDIS_URL" in line]
+        assert option.partition("=")[0] in line
+        assert "swordfish" not in service.log
+
     @pytest.mark.parametrize("scheme", ["redis+sentinel", "redis+cluster", "http", "host"])
     def test_other_kinds_of_server_are_refused_at_the_start(
         self, start: Start, scheme: str

@@ -1,0 +1,20 @@
+"""How many CPUs a process may use, which in a container are mostly fewer than the machine has."""
+
+import math
+import os
+from pathlib import Path
+
+
+def usable_cpus() -> int:
+    """CPUs of this process: its affinity, or the cgroup's quota where that is less; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, cgroup_quota()))
+
+
+def cgroup_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    # cgroup v2: "max 100000" or "<quota> <period>", in microseconds.
+    try:
+        quota, period = path.read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return os.cpu_count() or 1
