@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -174,14 +174,25 @@ class Network:
     def __init__(self, redis_port: int) -> None:
         self.treat: Treatment = unchanged
         self._redis_port = redis_port
+        self._connections: set[asyncio.Task[None]] = set()
 
-    async def listen(self) -> int:
-        """Until the event loop ends; gives the port."""
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        port: int = server.sockets[0].getsockname()[1]
-        return port
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        """At a port of its own, which it gives."""
+        async with await asyncio.start_server(self._connected, "127.0.0.1", 0) as server:
+            port: int = server.sockets[0].getsockname()[1]
+            try:
+                yield port
+            finally:
+                for connection in self._connections:
+                    connection.cancel()
 
-    async def _connected(self, *client: *Streams) -> None:
+    def _connected(self, *client: *Streams) -> None:
+        connection = asyncio.create_task(self._connect(*client))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+
+    async def _connect(self, *client: *Streams) -> None:
         try:
             server = await asyncio.open_connection("127.0.0.1", self._redis_port)
         except OSError:
@@ -362,19 +373,17 @@ FAULTS = [
 ]
 
 
-def is_in_use(metrics: dict[str, float]) -> bool:
-    """Whether a service with such metrics uses Redis."""
-    return all(
-        metrics[f'cache_redis_breaker_state{{operations="{operations}"}}'] == 0
-        for operations in ("lookups", "writes")
-    )
+def is_in_use(metrics: dict[str, float], *operations: str) -> bool:
+    """Whether a service with such metrics uses Redis for all of `operations`."""
+    return all(metrics[f'cache_redis_breaker_state{{operations="{of}"}}'] == 0 for of in operations)
 
 
 async def recovery_s(replicas: list[Replica]) -> float:
     """Seconds until every service uses Redis again, for lookups and for writes."""
     started = monotonic()
     while monotonic() < started + 60:
-        if all([is_in_use(await replica.metrics()) for replica in replicas]):
+        states = [await replica.metrics() for replica in replicas]
+        if all(is_in_use(metrics, "lookups", "writes") for metrics in states):
             return monotonic() - started
         await asyncio.sleep(0.02)
     return float("inf")
@@ -488,18 +497,18 @@ async def beside_faults(
 ) -> list[Phase]:
     server = stack.enter_context(redis_server(CORES.server))
     network = Network(server.port)
-    url = f"redis://127.0.0.1:{await network.listen()}"
-    # Most of what is asked for again is to come from Redis.
-    settings = {"REDIS_URL": url, "CACHE_MAX_BYTES": "100000"}
-    replicas = []
-    for number, version in enumerate(VERSIONS * REPLICAS):
-        log = BUILD / "logs" / f"shared-cache-{number}.log"
-        # The network goes on meanwhile.
-        begun = await asyncio.to_thread(
-            start, place, artifacts[version], settings, log, CORES.server
-        )
-        replicas.append(Replica(version, stack.enter_context(begun)))
-    return await run(replicas, Shared(server, network), count)
+    async with network.listening() as port:
+        # Most of what is asked for again is to come from Redis.
+        settings = {"REDIS_URL": f"redis://127.0.0.1:{port}", "CACHE_MAX_BYTES": "100000"}
+        replicas = []
+        for number, version in enumerate(VERSIONS * REPLICAS):
+            log = BUILD / "logs" / f"shared-cache-{number}.log"
+            # The network goes on meanwhile.
+            begun = await asyncio.to_thread(
+                start, place, artifacts[version], settings, log, CORES.server
+            )
+            replicas.append(Replica(version, stack.enter_context(begun)))
+        return await run(replicas, Shared(server, network), count)
 
 
 async def beside_hangs(place: Place, artifacts: Path, stack: ExitStack) -> list[hung_redis.Waits]:
@@ -511,9 +520,9 @@ async def beside_hangs(place: Place, artifacts: Path, stack: ExitStack) -> list[
     replica = Replica(version, stack.enter_context(begun))
 
     async def recovered() -> bool:
-        # It is empty at first.
+        # It is empty at first. There is nothing to write to it later.
         is_known = await asyncio.to_thread(server.size) >= hung_redis.KNOWN_ROWS
-        return is_known and is_in_use(await replica.metrics())
+        return is_known and is_in_use(await replica.metrics(), "lookups")
 
     port = replica.server.port
     with running_on(cores.load):
