@@ -21,7 +21,8 @@ from benchmarks.redis_server import RedisProcess
 from benchmarks.report import table
 
 RATES = (400, 1000)
-"""Requests a second."""
+"""Requests a second. With many more it is not asked for all of them while it hangs, as too many
+would be in vain."""
 
 HANGS = 5
 KNOWN_ROWS = 200

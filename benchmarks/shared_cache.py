@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -207,14 +207,17 @@ class Network:
         target: asyncio.StreamWriter,
         treat: "Treatment | None" = None,
     ) -> None:
-        with suppress(OSError):
+        try:
             while data := await source.read(65_536):
                 treated = await (treat or self.treat)(data)
                 if treated is None:
                     break
                 target.write(treated)
                 await target.drain()
-        target.transport.abort()
+        except OSError:
+            pass
+        finally:
+            target.transport.abort()
 
 
 Treatment = Callable[[bytes], Awaitable[bytes | None]]
@@ -520,7 +523,7 @@ async def beside_hangs(place: Place, artifacts: Path, stack: ExitStack) -> list[
     replica = Replica(version, stack.enter_context(begun))
 
     async def recovered() -> bool:
-        # It is empty at first. There is nothing to write to it later.
+        # It is empty at first. To try writes again takes one, and all is known.
         is_known = await asyncio.to_thread(server.size) >= hung_redis.KNOWN_ROWS
         return is_known and is_in_use(await replica.metrics(), "lookups")
 

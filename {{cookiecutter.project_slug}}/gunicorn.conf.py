@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from app.cpus import usable_cpus
+from app.cpus import tell_of_quota
 from app.logs import logging_config
 from app.server_settings import read_server_settings
 
@@ -26,9 +26,7 @@ logconfig_dict = logging_config(settings)
 # Models are loaded in each worker: a CUDA context and threads do not survive a fork.
 preload_app = False
 
-# OpenMP, OpenBLAS and MKL, by which scikit-learn and PyTorch compute, count the machine's CPUs and
-# not those of the container.
-os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
+tell_of_quota(os.environ)
 
 # Longer than the idle time-out of the usual proxies, so that they close first, not we.
 keepalive = 75

@@ -216,8 +216,9 @@ class Collector(Generic[RowT, OutcomeT]):
         most = self.limits.max_rows
         if rows <= most:
             return self.cost(rows)
-        full, rest = divmod(rows, most)
-        return (full // self.limits.slots) * self.cost(most) + (self.cost(rest) if rest else 0.0)
+        before = (rows - 1) // most
+        rounds, beside = divmod(before, self.limits.slots)
+        return rounds * self.cost(most) + self.cost(most if beside else rows - before * most)
 
     def admit(self, rows: int, deadline: float, priority: float = inf) -> None:
         """Whether `rows` would be taken now.
@@ -433,20 +434,20 @@ class Collector(Generic[RowT, OutcomeT]):
         parts: _Parts[RowT, OutcomeT] = []
         room = self.limits.max_rows
         for group in self._next_groups(now):
-            queue, room_before = self._queues[group], room
+            queue = self._queues[group]
             while room and (request := self._head(queue, now)):
                 rows, first = request.rows, len(request.rows) - request.waiting
                 if first or request.waiting > room:
                     rows = rows[first : first + room]
                 parts.append(_Part(request, first, rows))
                 request.waiting -= len(rows)
+                self._count_waiting(group, -len(rows))
                 room -= len(rows)
                 if not request.waiting:
                     del queue[request]
             if not queue:
                 # Unless the last one had expired.
                 self._queues.pop(group, None)
-            self._count_waiting(group, room - room_before)
         return parts
 
     def _head(
@@ -583,17 +584,17 @@ class Collector(Generic[RowT, OutcomeT]):
     ) -> None:
         """Allow half as many rows from now on, and run these in halves, once."""
         most, fewer = self.limits.smaller(rows), self.limits.smaller(self.limits.max_rows)
+        # One that was begun before they were made smaller says nothing of those.
+        if most and rows <= self.limits.max_rows:
+            self.limits.max_rows = fewer
+            self._enough = min(self._enough, fewer)
+            self._metrics.max_rows.set(fewer)
+            log.warning("the model ran out of memory; batches have at most %d rows now", fewer)
         if not most or batch.was_too_large:
             for part in parts:
                 _fail(part.request, type(error)(error.detail), cause=error)
             return
         batch.was_too_large = True
-        # One that was begun before they were made smaller says nothing of those.
-        if rows <= self.limits.max_rows:
-            self.limits.max_rows = fewer
-            self._enough = min(self._enough, fewer)
-            self._metrics.max_rows.set(fewer)
-            log.warning("the model ran out of memory; batches have at most %d rows now", fewer)
         batch.to_run += reversed(_in_chunks(parts, most))
 
     def _deliver(self, parts: _Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 
@@ -9,6 +10,17 @@ def usable_cpus() -> int:
     """CPUs of this process: its affinity, or the cgroup's quota where that is less; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(allowed or 1, cgroup_quota()))
+
+
+def tell_of_quota(environment: MutableMapping[str, str]) -> None:
+    """Have what is loaded later compute on no more threads than a cgroup allows.
+
+    PyTorch and OpenBLAS look at a process's affinity by themselves, and at no quota. Who has set
+    OMP_NUM_THREADS knows better; and where there is no quota scikit-learn does, which takes no
+    notice of hyper-threads then.
+    """
+    if cgroup_quota() <= usable_cpus() < (os.cpu_count() or 1):
+        environment.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 
 def cgroup_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -137,13 +137,16 @@ class _Flight:
 
     def set_result(self, outcomes: Sequence[Outcome]) -> None:
         self._is_done = True
-        self._flights.land(self._run, outcomes)
-        if not self._leader.done():
-            self._leader.set_result(outcomes)
-        said = dict(zip(self._run.keys, outcomes, strict=True))
-        for landing in self.waiting:
-            if not landing.done():
-                landing.set_result(said)
+        try:
+            self._flights.land(self._run, outcomes)
+        finally:
+            # That it could not be kept is no reason not to say it.
+            if not self._leader.done():
+                self._leader.set_result(outcomes)
+            said = dict(zip(self._run.keys, outcomes, strict=True))
+            for landing in self.waiting:
+                if not landing.done():
+                    landing.set_result(said)
 
     def set_exception(self, error: Exception) -> None:
         self.cancel()

@@ -171,7 +171,7 @@ class RedisStore:
     """A client of one Redis; not to be used before there is an event loop.
 
     Raises:
-        TypeError, ValueError: there is no such option as the URL has, or not with such a value.
+        Exception: there is no such option as the URL has, or not with such a value.
     """
 
     def __init__(self, url: str, timeout_s: float, metrics: StoreMetrics) -> None:

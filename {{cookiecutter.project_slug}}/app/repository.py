@@ -517,5 +517,6 @@ def _redis(settings: Settings) -> "RedisStore | None":
     url, timeout_s = settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000
     try:
         return RedisStore(url, timeout_s, StoreMetrics())
-    except (TypeError, ValueError) as error:
+    # Of which kind depends on the option.
+    except Exception as error:
         raise StartupError(f"REDIS_URL: an option behind the ? is wrong: {error}") from None

@@ -432,6 +432,21 @@ class TestOverload:
 
         run(test())
 
+    @pytest.mark.parametrize(
+        ("slots", "rows", "cost"),
+        [(1, 4, 14), (1, 5, 25), (1, 8, 28), (2, 5, 14), (2, 8, 14), (2, 9, 25), (2, 13, 28)],
+    )
+    def test_what_they_take_is_counted_by_rounds_of_all_slots(
+        self, slots: int, rows: int, cost: float
+    ) -> None:
+        async def test() -> None:
+            collecting = collector(Model(), slots=slots)
+            for known in (1, 4):
+                collecting.cost.ran(known, 10.0 + known)
+            assert collecting._own_cost(rows) == pytest.approx(cost)
+
+        run(test())
+
 
 class TestStopping:
     def test_draining_answers_what_was_taken_and_takes_no_more(self) -> None:

@@ -475,6 +475,23 @@ class TestFlights:
 
         run(test)
 
+    def test_what_cannot_be_kept_is_said_all_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(_: object) -> None:
+            raise MemoryError
+
+        async def test() -> None:
+            cached, model = cache(), Model()
+            monkeypatch.setattr(cached, "_put", full)
+            requests = [ask(cached, model, 1) for _ in range(3)]
+            await settle()
+            with pytest.raises(MemoryError):
+                model.say()
+            assert [ys(answered) for answered in await asyncio.gather(*requests)] == [[2]] * 3
+
+        run(test)
+
     def test_when_all_leave_the_model_is_spared(self) -> None:
         async def test() -> None:
             cached, model = cache(), Model()

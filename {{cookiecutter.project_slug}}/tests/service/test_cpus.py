@@ -1,37 +1,13 @@
 """How many CPUs a model may compute on."""
 
 import os
+import runpy
 from pathlib import Path
 
 import pytest
 
 from app import cpus
-from tests.service.server import Start, publish
-
-PREDICTOR = """
-import os
-from pathlib import Path
-
-from app.predictor import BaseFeatures, BasePrediction, BasePredictor, Device
-
-
-class Features(BaseFeatures):
-    x: float = 0
-
-
-class Prediction(BasePrediction):
-    threads: str
-
-
-class Predictor(BasePredictor[Features, Prediction]):
-    example = Features()
-
-    def load(self, artifact_dir: Path, device: Device) -> None:
-        pass
-
-    def predict(self, batch: list[Features]) -> list[Prediction]:
-        return [Prediction(threads=os.environ["OMP_NUM_THREADS"]) for _ in batch]
-"""
+from tests.service.server import PROJECT
 
 
 @pytest.mark.parametrize(
@@ -45,12 +21,26 @@ def test_a_quota_of_the_cgroup_counts(tmp_path: Path, content: str, expected: in
     assert cpus.cgroup_quota(tmp_path / "nothing") == os.cpu_count()
 
 
-@pytest.mark.parametrize("given", [None, "7"])
-def test_what_computes_with_openmp_is_told(start: Start, tmp_path: Path, given: str | None) -> None:
-    (tmp_path / "threads.py").write_text(PREDICTOR)
-    publish(tmp_path / "artifacts", "threads", none_txt=b"none")
-    settings = {"PREDICTORS_DIR": str(tmp_path), "ARTIFACTS_DIR": str(tmp_path / "artifacts")}
-    settings |= {"DEFAULT_MODEL": "threads"} | ({"OMP_NUM_THREADS": given} if given else {})
-    service = start(**settings).wait_for("/ready")
-    answer = service.client.post("/v1/predict", json={"features": {}})
-    assert answer.json()["prediction"] == {"threads": given or str(cpus.usable_cpus())}
+@pytest.mark.parametrize(
+    ("given", "quota", "expected"),
+    [({}, 1, {"OMP_NUM_THREADS": "1"}), ({}, 64, {}), ({"OMP_NUM_THREADS": "7"}, 1, None)],
+)
+def test_what_computes_with_openmp_is_told_of_a_quota(
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    quota: int,
+    expected: dict[str, str] | None,
+) -> None:
+    monkeypatch.setattr(cpus, "cgroup_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    environment = dict(given)
+    cpus.tell_of_quota(environment)
+    assert environment == (given if expected is None else expected)
+
+
+def test_workers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(cpus, "tell_of_quota", told.append)
+    runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
+    assert told == [os.environ]

@@ -347,7 +347,7 @@ class TestPasswords:
 
         asyncio.run(test())
 
-    @pytest.mark.parametrize("option", ["soket_timeout=1", "socket_timeout=long"])
+    @pytest.mark.parametrize("option", ["soket_timeout=1", "protocol=4"])
     def test_an_option_that_is_none_is_refused_at_the_start(
         self, start: Start, option: str
     ) -> None:
