@@ -15,10 +15,12 @@ from itertools import chain
 from statistics import median
 from time import perf_counter
 
-from benchmarks.fire import Client
-from benchmarks.load import percentile_ms
+from benchmarks.contestants import Request
+from benchmarks.fire import Client, is_right
+from benchmarks.load import Exchange, percentile_ms
 from benchmarks.redis_server import RedisProcess
 from benchmarks.report import table
+from benchmarks.sections import http_bytes
 
 RATES = (400, 1000)
 """Requests a second. With many more it is not asked for all of them while it hangs, as too many
@@ -60,29 +62,29 @@ class Waits:
         return [f"{self.rate:,}", *counts, f"{before:.1f}", *hung]
 
 
-def request_for(x: int) -> bytes:
-    body = json.dumps({"features": {"x": x}}).encode()
-    head = "POST /v1/predict HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+def exchange_of(x: int, factor: int) -> Exchange:
+    path = ("prediction", "y")
+    content = json.dumps({"features": {"x": x}}).encode()
+    request = Request("/v1/predict", "application/json", content, path)
+    return Exchange(http_bytes(request), [(path, factor * x)])
 
 
 class Callers:
     """Ask the service at `port`, each over a connection that another has left or a new one."""
 
     def __init__(self, port: int, factor: int) -> None:
-        self._port, self._factor = port, factor
+        self.exchanges = [exchange_of(x, factor) for x in range(KNOWN_ROWS)]
+        self._port = port
         self._free: list[Client] = []
 
-    async def is_right(self, x: int) -> bool:
+    async def is_right(self, exchange: Exchange) -> bool:
         client = self._free.pop() if self._free else Client(self._port)
-        status, content = await client.ask(request_for(x))
+        answered = await is_right(client, exchange)
         self._free.append(client)
-        said = json.loads(content)["prediction"] if status == 200 else None
-        return said == {"y": self._factor * x}
+        return answered
 
-    async def ask(self, waits: Waits, due: float, step: int) -> None:
-        is_right = await self.is_right(random.randrange(KNOWN_ROWS))  # noqa: S311
-        waits.failed += not is_right
+    async def ask(self, exchange: Exchange, waits: Waits, due: float, step: int) -> None:
+        waits.failed += not await self.is_right(exchange)
         if step in waits.seconds:
             waits.seconds[step][-1].append(perf_counter() - due)
 
@@ -102,7 +104,8 @@ async def beside_a_hang(
             server.signal(signal.SIGSTOP)
             is_hung = True
         step = bisect_right(STEPS_S, due - started)
-        asking.append(asyncio.create_task(callers.ask(waits, due, step)))
+        exchange = chance.choice(callers.exchanges)
+        asking.append(asyncio.create_task(callers.ask(exchange, waits, due, step)))
     server.signal(signal.SIGCONT)
     await asyncio.gather(*asking)
 
@@ -117,7 +120,9 @@ async def measure(
         for _ in range(HANGS):
             while not await recovered():
                 # It is by requests that the service finds out.
-                waits.failed += sum([not await callers.is_right(x) for x in range(KNOWN_ROWS)])
+                waits.failed += sum(
+                    [not await callers.is_right(each) for each in callers.exchanges]
+                )
             await beside_a_hang(callers, server, waits, chance)
         found.append(waits)
         print(" | ".join(waits.as_row()), flush=True)

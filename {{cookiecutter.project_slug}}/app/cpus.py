@@ -15,9 +15,9 @@ def usable_cpus() -> int:
 def tell_of_quota(environment: MutableMapping[str, str]) -> None:
     """Have what is loaded later compute on no more threads than a cgroup allows.
 
-    PyTorch and OpenBLAS look at a process's affinity by themselves, and at no quota. Who has set
-    OMP_NUM_THREADS knows better; and where there is no quota scikit-learn does, which takes no
-    notice of hyper-threads then.
+    PyTorch and OpenBLAS look at a process's affinity, and at no quota. Without a quota nothing is
+    said: scikit-learn counts the physical cores then, which are better. Who has set OMP_NUM_THREADS
+    knows best.
     """
     if cgroup_quota() <= usable_cpus() < (os.cpu_count() or 1):
         environment.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
