@@ -39,6 +39,7 @@ LAYERS = [
         "reference",
         "artifacts",
         "cpus",
+        "queues",
         "tickets",
         "waiting",
         "jobs",

@@ -8,7 +8,6 @@ the loop's clock, sizes in rows.
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ from enum import StrEnum
 from functools import partial
 from itertools import chain
 from math import inf
-from operator import itemgetter
 from time import monotonic
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic
 
 from app.deadlines import Deadlines
 from app.errors import (
@@ -30,16 +28,11 @@ from app.errors import (
 )
 from app.jobs import PromptFuture
 from app.metrics import ModelMetrics
+from app.queues import ANY, Group, OutcomeT, Part, Parts, Queues, Request, RowT
 from app.tickets import BatchTimings, BatchTrace, BatchTracer, Outlet, TimedTicket, Timings
 from app.waiting import MEMORY, WORTH_A_WAIT_S, WaitPolicy
 
 log = logging.getLogger(__name__)
-
-RowT = TypeVar("RowT")
-OutcomeT = TypeVar("OutcomeT")
-
-Group = tuple[int, Hashable]
-"""Priority, the smaller one first, and shape key: only equal keys share a batch."""
 
 MAX_RERUNS = 16
 """Runs that may be spent on finding the request that makes a batch fail: enough for one among
@@ -89,51 +82,24 @@ class Limits:
 
 
 @dataclass(eq=False)
-class _Request(Generic[RowT, OutcomeT]):
-    """Rows that one caller waits for. They may end up in several batches, in order."""
+class _Request(Request[RowT, OutcomeT]):
+    """What its caller has to do with it; see `Ticket`."""
 
-    rows: Sequence[RowT]
-    deadline: float
-    group: Group
-    number: int
-    """By order of arrival."""
-
-    outlet: Outlet[OutcomeT]
     collector: "Collector[RowT, OutcomeT]"
-    timings: Timings
-    waiting: int
-    """Rows that are in no batch yet."""
-
-    answered: int = field(default=0, init=False)
-    outcomes: dict[int, Sequence[OutcomeT]] | None = field(default=None, init=False)
-    """By the number of their first row; batches may end in another order than they began."""
 
     def withdraw(self) -> None:
-        """Nobody waits any more: the answer is there, or is not wanted."""
         self.collector.withdraw(self)
 
     def prolong(self, deadline: float) -> None:
-        """Somebody waits until `deadline`."""
         self.collector.prolong(self, deadline)
-
-
-class _Part(NamedTuple, Generic[RowT, OutcomeT]):
-    """The rows of a request that are in one batch."""
-
-    request: _Request[RowT, OutcomeT]
-    first: int
-    rows: Sequence[RowT]
-
-
-_Parts = list[_Part[RowT, OutcomeT]]
 
 
 @dataclass(eq=False, slots=True)
 class _Batch(Generic[RowT, OutcomeT]):
     """What holds a slot: the parts that were bound together, and those of them still to be run."""
 
-    parts: _Parts[RowT, OutcomeT]
-    to_run: list[_Parts[RowT, OutcomeT]]
+    parts: Parts[RowT, OutcomeT]
+    to_run: list[Parts[RowT, OutcomeT]]
     timings: BatchTimings
     runs: list[tuple[int, float]] = field(default_factory=list)
     """Those that worked: rows and seconds."""
@@ -160,7 +126,6 @@ class Collector(Generic[RowT, OutcomeT]):
     ) -> None:
         self.state: State = ACCEPTING
         self.limits = limits
-        self.rows_waiting = 0
         self.cost = policy.cost
         self.tracer: BatchTracer | None = None
         self._run = run
@@ -172,11 +137,8 @@ class Collector(Generic[RowT, OutcomeT]):
         self._context = Context()
         """For what is not done on behalf of the request that happened to come last."""
 
-        self._queues: dict[Group, OrderedDict[_Request[RowT, OutcomeT], None]] = {}
-        self._waiting: dict[int, int] = {}
-        """Rows in them, by priority."""
-
-        self._accepted: Deadlines[_Request[RowT, OutcomeT]] = Deadlines(self._expire, clock)
+        self._queues: Queues[RowT, OutcomeT] = Queues(self._expire)
+        self._accepted: Deadlines[Request[RowT, OutcomeT]] = Deadlines(self._expire, clock)
         self._batches: set[_Batch[RowT, OutcomeT]] = set()
         self._wake: asyncio.Handle | None = None
         self._wakes_at = 0.0
@@ -197,19 +159,24 @@ class Collector(Generic[RowT, OutcomeT]):
         is done in between. Zero without one."""
 
     @property
+    def rows_waiting(self) -> int:
+        return self._queues.rows
+
+    @property
     def is_idle(self) -> bool:
-        return not self._batches and not self.rows_waiting
+        return not self._batches and not self._queues.rows
 
     @property
     def _has_free_slot(self) -> bool:
         return len(self._batches) < self.limits.slots
 
-    def expected_wait(self, priority: float = inf) -> float:
-        """How long a request that came now would wait until its batch begins, at the least."""
-        ahead = sum([rows for other, rows in self._waiting.items() if other <= priority])
-        batches = len(self._batches) + ahead // self.limits.max_rows
-        by_cost = (batches // self.limits.slots) * self.cost(self.limits.max_rows)
-        return max(by_cost, batches * self._turnaround)
+    def expected_wait(self, priority: float = inf, shape_key: Hashable = ANY) -> float:
+        """How long a request that came now would wait until its batch begins, about; at the least,
+        if its shape is not known."""
+        most, slots = self.limits.max_rows, self.limits.slots
+        before, rows = self._queues.batches_before(priority, shape_key, most)
+        batches = len(self._batches) + before
+        return max((batches // slots) * self.cost(rows), batches * self._turnaround)
 
     def _own_cost(self, rows: int) -> float:
         """What it takes to run `rows` alone, in as many batches as they are, at the least."""
@@ -220,7 +187,9 @@ class Collector(Generic[RowT, OutcomeT]):
         rounds, beside = divmod(before, self.limits.slots)
         return rounds * self.cost(most) + self.cost(most if beside else rows - before * most)
 
-    def admit(self, rows: int, deadline: float, priority: float = inf) -> None:
+    def admit(
+        self, rows: int, deadline: float, priority: float = inf, shape_key: Hashable = ANY
+    ) -> None:
         """Whether `rows` would be taken now.
 
         Raises:
@@ -230,12 +199,12 @@ class Collector(Generic[RowT, OutcomeT]):
         if self.state is not ACCEPTING:
             self._metrics.rejected("not_ready")
             raise NotReady("The service is stopping.")
-        if self.rows_waiting + rows > self.limits.queue_max_rows:
+        if self._queues.rows + rows > self.limits.queue_max_rows:
             self._metrics.rejected("queue_full")
             raise Overloaded("Too many rows wait for the model.", self.expected_wait())
         # An idle model is always asked: what is known of its cost may have been a fluke.
         if self._batches:
-            wait = self.expected_wait(priority)
+            wait = self.expected_wait(priority, shape_key)
             if self._clock() + CAUTION * wait + self._own_cost(rows) > deadline:
                 self._metrics.rejected("deadline")
                 raise Overloaded("The model would not get to this request in time.", wait)
@@ -261,11 +230,11 @@ class Collector(Generic[RowT, OutcomeT]):
         Raises:
             NotReady, Overloaded: see `admit`.
         """
-        self.admit(len(rows), deadline, group[0])
+        self.admit(len(rows), deadline, *group)
         now = self._clock()
         self._count += 1
         timings = Timings(now, self.tracer.request() if self.tracer else None)
-        request = _Request(rows, deadline, group, self._count, outlet, self, timings, len(rows))
+        request = _Request(rows, deadline, group, self._count, outlet, timings, len(rows), self)
         is_idle = self.is_idle
         if is_idle:
             self._policy.found_idle(now)
@@ -273,62 +242,48 @@ class Collector(Generic[RowT, OutcomeT]):
         if is_alone and is_idle and self._may_start_at_once(request):
             # Through the queue it would take half as long again as a small model does.
             request.waiting = 0
-            self._start([_Part(request, 0, rows)], now)
+            self._start([Part(request, 0, rows)], now)
             if not outlet.done():
                 self._accepted.add(request, deadline)
         else:
             is_first_to_expire = deadline < self._accepted.earliest
             self._accepted.add(request, deadline)
-            queue = self._queues.get(group)
-            if queue is None:
-                queue = self._queues[group] = OrderedDict()
-            queue[request] = None
-            self._count_waiting(group, len(rows))
+            self._queues.add(request)
             if self._batches:
-                self._metrics.waiting(self.rows_waiting)
-            if self.rows_waiting >= self.limits.max_rows and self._may_start_full():
+                self._metrics.waiting(self._queues.rows)
+            if self._queues.rows >= self.limits.max_rows and self._may_start_full():
                 # Not on behalf of this one alone.
                 Context().run(self._start_batch)
-            elif not self._wake or self.rows_waiting >= self._enough or is_first_to_expire:
+            elif not self._wake or self._queues.rows >= self._enough or is_first_to_expire:
                 self._schedule()
         return request
 
-    def withdraw(self, request: _Request[RowT, OutcomeT]) -> None:
+    def withdraw(self, request: Request[RowT, OutcomeT]) -> None:
         """See `Ticket`."""
         self._accepted.discard(request)
         if request.waiting:
             self._leave_queue(request)
         request.outlet.cancel()
 
-    def prolong(self, request: _Request[RowT, OutcomeT], deadline: float) -> None:
+    def prolong(self, request: Request[RowT, OutcomeT], deadline: float) -> None:
         """See `Ticket`."""
         if deadline > request.deadline and not request.outlet.done():
             request.deadline = deadline
             self._accepted.add(request, deadline)
 
-    def _expire(self, request: _Request[RowT, OutcomeT]) -> None:
+    def _expire(self, request: Request[RowT, OutcomeT]) -> None:
         if request.waiting:
             self._leave_queue(request)
         _fail(request, DeadlineExceeded("The model did not answer in time."))
 
-    def _leave_queue(self, request: _Request[RowT, OutcomeT]) -> None:
-        queue = self._queues.get(request.group)
-        if queue and request in queue:
-            del queue[request]
-            self._count_waiting(request.group, -request.waiting)
-            self._metrics.waiting(self.rows_waiting)
-            if not queue:
-                del self._queues[request.group]
-            if not self.rows_waiting and not self._is_due:
+    def _leave_queue(self, request: Request[RowT, OutcomeT]) -> None:
+        if self._queues.remove(request):
+            self._metrics.waiting(self._queues.rows)
+            if not self._queues.rows and not self._is_due:
                 # It was set for who has gone.
                 self._cancel_wake()
 
-    def _count_waiting(self, group: Group, more: int) -> None:
-        priority, _ = group
-        self.rows_waiting += more
-        self._waiting[priority] = self._waiting.get(priority, 0) + more
-
-    def _may_start_at_once(self, request: _Request[RowT, OutcomeT]) -> bool:
+    def _may_start_at_once(self, request: Request[RowT, OutcomeT]) -> bool:
         now, rows = request.timings.queued, len(request.rows)
         room = self.limits.max_rows - rows
         # A start that is due for one who has gone would start another batch beside this one.
@@ -339,25 +294,25 @@ class Collector(Generic[RowT, OutcomeT]):
         # Of what still comes in this turn of the loop, only something more urgent would be in the
         # batch. With a model that takes longer, the turn would last for too long.
         is_quick = self.cost(self.limits.max_rows) < WORTH_A_WAIT_S
-        return is_quick and len(self._queues) == 1 and self._has_free_slot
+        return is_quick and self._queues.are_one and self._has_free_slot
 
     def _schedule(self) -> None:
         """Run a batch now, or later, or not yet."""
         if self._is_due or not self._has_free_slot:
             return
-        if not self.rows_waiting or self.state is State.STOPPED:
+        if not self._queues.rows or self.state is State.STOPPED:
             self._cancel_wake()
             return
         now = self._clock()
-        oldest = min([next(iter(queue)).timings.queued for queue in self._queues.values()])
-        room = self.limits.max_rows - self.rows_waiting
-        fire_at, enough = self._policy.plan(now, self.rows_waiting, room, oldest)
+        oldest = self._queues.oldest
+        room = self.limits.max_rows - self._queues.rows
+        fire_at, enough = self._policy.plan(now, self._queues.rows, room, oldest)
         self._enough = min(enough, self.limits.max_rows)
         # To wait for a model that is busy is not to wait for other rows.
         forming_since = max(oldest, self._free_since)
         # Of a deadline that is met already it takes no notice until that has passed. Then a batch
         # or two were smaller than they could be. Until there are enough it is not asked again.
-        in_time = self._accepted.earliest - self.cost(self.rows_waiting) - self.cost(self._enough)
+        in_time = self._accepted.earliest - self.cost(self._queues.rows) - self.cost(self._enough)
         fire_at = min(fire_at, forming_since + self.limits.max_wait, in_time)
         if room > 0 and fire_at > now:
             if not self._wake or fire_at != self._wakes_at:
@@ -368,7 +323,7 @@ class Collector(Generic[RowT, OutcomeT]):
             self._cancel_wake()
             # In the next turn of the loop: what arrives in this one can still join.
             self._is_due, self._enough = True, inf
-            start = partial(self._start_when_settled, self.rows_waiting)
+            start = partial(self._start_when_settled, self._queues.rows)
             self._wake = self._loop.call_soon(start, context=self._context)
 
     def _cancel_wake(self) -> None:
@@ -386,8 +341,8 @@ class Collector(Generic[RowT, OutcomeT]):
 
     def _start_when_settled(self, rows_before: int) -> None:
         """Start a batch, unless this turn of the loop brought many more rows: so may the next."""
-        if BURST * rows_before <= self.rows_waiting < self.limits.max_rows:
-            start = partial(self._start_when_settled, self.rows_waiting)
+        if BURST * rows_before <= self._queues.rows < self.limits.max_rows:
+            start = partial(self._start_when_settled, self._queues.rows)
             self._wake = self._loop.call_soon(start, context=self._context)
         else:
             self._start_batch()
@@ -396,15 +351,15 @@ class Collector(Generic[RowT, OutcomeT]):
         self._cancel_wake()
         self._is_due = False
         now = self._clock()
-        parts = self._bind(now)
-        self._metrics.waiting(self.rows_waiting)
+        parts = self._queues.take(self.limits.max_rows, now)
+        self._metrics.waiting(self._queues.rows)
         if parts:
             self._start(parts, now)
         else:
             self._is_backlogged = False
         self._schedule()
 
-    def _start(self, parts: _Parts[RowT, OutcomeT], now: float) -> None:
+    def _start(self, parts: Parts[RowT, OutcomeT], now: float) -> None:
         timings, waits = BatchTimings(now, 0), []
         for request, first, its_rows in parts:
             timings.rows += len(its_rows)
@@ -427,48 +382,7 @@ class Collector(Generic[RowT, OutcomeT]):
         else:
             self._turnaround = 0.0
         self._started = now
-        self._is_backlogged = self.rows_waiting >= self.limits.max_rows
-
-    def _bind(self, now: float) -> _Parts[RowT, OutcomeT]:
-        """Take up to `max_rows` rows of one shape from the queues, by priority and arrival."""
-        parts: _Parts[RowT, OutcomeT] = []
-        room = self.limits.max_rows
-        for group in self._next_groups(now):
-            queue = self._queues[group]
-            while room and (request := self._head(queue, now)):
-                rows, first = request.rows, len(request.rows) - request.waiting
-                if first or request.waiting > room:
-                    rows = rows[first : first + room]
-                parts.append(_Part(request, first, rows))
-                request.waiting -= len(rows)
-                self._count_waiting(group, -len(rows))
-                room -= len(rows)
-                if not request.waiting:
-                    del queue[request]
-            if not queue:
-                # Unless the last one had expired.
-                self._queues.pop(group, None)
-        return parts
-
-    def _head(
-        self, queue: OrderedDict[_Request[RowT, OutcomeT], None], now: float
-    ) -> _Request[RowT, OutcomeT] | None:
-        """The first that is to be run; those before it are taken out."""
-        while queue:
-            request = next(iter(queue))
-            if not request.outlet.done() and now < request.deadline:
-                return request
-            self._expire(request)
-        return None
-
-    def _next_groups(self, now: float) -> list[Group]:
-        """All of the shape whose turn it is, by priority."""
-        groups = list(self._queues.items())
-        heads = {group: head.number for group, queue in groups if (head := self._head(queue, now))}
-        if not heads:
-            return []
-        _, shape = min(heads, key=lambda group: (group[0], heads[group]))
-        return sorted((group for group in heads if group[1] == shape), key=itemgetter(0))
+        self._is_backlogged = self._queues.rows >= self.limits.max_rows
 
     def _run_next(self, batch: _Batch[RowT, OutcomeT]) -> None:
         """Run what is left to run of `batch`, and free its slot when that is nothing."""
@@ -486,7 +400,7 @@ class Collector(Generic[RowT, OutcomeT]):
                 run.add_done_callback(resume, context=self._context)
                 return
             self._ended(batch, parts, started, run)
-        if len(batch.parts) == 1 and not self.rows_waiting:
+        if len(batch.parts) == 1 and not self._queues.rows:
             # The answer goes first, as nothing waits for the slot.
             self._loop.call_soon(self._free, batch, context=self._context)
         else:
@@ -510,7 +424,7 @@ class Collector(Generic[RowT, OutcomeT]):
     def _resume(
         self,
         batch: _Batch[RowT, OutcomeT],
-        parts: _Parts[RowT, OutcomeT],
+        parts: Parts[RowT, OutcomeT],
         started: float,
         run: asyncio.Future[Sequence[OutcomeT]],
     ) -> None:
@@ -528,13 +442,13 @@ class Collector(Generic[RowT, OutcomeT]):
         self._batches.discard(batch)
         if self.is_idle:
             self._is_backlogged = False
-        self._metrics.waiting(self.rows_waiting)
+        self._metrics.waiting(self._queues.rows)
         self._schedule()
 
     def _ended(
         self,
         batch: _Batch[RowT, OutcomeT],
-        parts: _Parts[RowT, OutcomeT],
+        parts: Parts[RowT, OutcomeT],
         started: float,
         run: asyncio.Future[Sequence[OutcomeT]],
     ) -> None:
@@ -562,7 +476,7 @@ class Collector(Generic[RowT, OutcomeT]):
     def _bisect(
         self,
         batch: _Batch[RowT, OutcomeT],
-        parts: _Parts[RowT, OutcomeT],
+        parts: Parts[RowT, OutcomeT],
         error: PredictionFailed,
     ) -> None:
         """Run the halves of a failed batch, until only the requests at fault fail."""
@@ -578,7 +492,7 @@ class Collector(Generic[RowT, OutcomeT]):
     def _shrink(
         self,
         batch: _Batch[RowT, OutcomeT],
-        parts: _Parts[RowT, OutcomeT],
+        parts: Parts[RowT, OutcomeT],
         rows: int,
         error: OutOfMemory,
     ) -> None:
@@ -597,7 +511,7 @@ class Collector(Generic[RowT, OutcomeT]):
         batch.was_too_large = True
         batch.to_run += reversed(_in_chunks(parts, most))
 
-    def _deliver(self, parts: _Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
+    def _deliver(self, parts: Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
         end = 0
         for request, first, rows in parts:
             begin, end = end, end + len(rows)
@@ -627,9 +541,9 @@ class Collector(Generic[RowT, OutcomeT]):
             _fail(request, NotReady(reason))
 
 
-def _in_chunks(parts: _Parts[RowT, OutcomeT], max_rows: int) -> list[_Parts[RowT, OutcomeT]]:
+def _in_chunks(parts: Parts[RowT, OutcomeT], max_rows: int) -> list[Parts[RowT, OutcomeT]]:
     """`parts` in the same order, in lists of at most `max_rows` rows."""
-    chunks: list[_Parts[RowT, OutcomeT]] = [[]]
+    chunks: list[Parts[RowT, OutcomeT]] = [[]]
     room = max_rows
     for part in parts:
         begin = 0
@@ -638,13 +552,13 @@ def _in_chunks(parts: _Parts[RowT, OutcomeT], max_rows: int) -> list[_Parts[RowT
                 chunks.append([])
                 room = max_rows
             rows = part.rows[begin : begin + room]
-            chunks[-1].append(_Part(part.request, part.first + begin, rows))
+            chunks[-1].append(Part(part.request, part.first + begin, rows))
             begin += len(rows)
             room -= len(rows)
     return chunks
 
 
-def _answer(request: _Request[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
+def _answer(request: Request[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
     try:
         request.outlet.set_result(outcomes)
     except Exception as error:
@@ -654,7 +568,7 @@ def _answer(request: _Request[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> 
 
 
 def _fail(
-    request: _Request[RowT, OutcomeT], error: Exception, cause: Exception | None = None
+    request: Request[RowT, OutcomeT], error: Exception, cause: Exception | None = None
 ) -> None:
     """Each caller gets an exception object of its own, as raising one changes it."""
     error.__cause__ = cause

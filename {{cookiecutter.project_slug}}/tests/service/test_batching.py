@@ -418,6 +418,21 @@ class TestOverload:
 
         run(test())
 
+    def test_rows_of_many_shapes_are_expected_to_take_a_batch_for_each(self) -> None:
+        async def test() -> None:
+            collecting, loop = collector(Model(fixed=10)), asyncio.get_running_loop()
+            requests = []
+            for number in range(300):
+                deadline, shape_key = loop.time() + 60, number % 20
+                requests.append(submit(collecting, "a", deadline=deadline, shape_key=shape_key))
+                await asyncio.sleep(1)
+            ends = await asyncio.gather(*requests, return_exceptions=True)
+            # The first came before it was known what a batch takes, and are in the others' way.
+            assert {type(end) for end in ends[60:]} == {list, Overloaded}
+            assert sum(type(end) is list for end in ends) > 60
+
+        run(test())
+
     def test_of_many_rows_all_batches_count(self) -> None:
         async def test() -> None:
             collecting = collector(Model(fixed=10))

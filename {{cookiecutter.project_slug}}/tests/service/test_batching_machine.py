@@ -174,12 +174,13 @@ class Callers(RuleBasedStateMachine):
 
     @invariant()
     def the_queue_is_counted_and_bounded(self) -> None:
-        queued = [request for queue in self.collector._queues.values() for request in queue]
+        queues = self.collector._queues
+        queued = [request for queue in queues._queues.values() for request in queue]
         rows = sum(request.waiting for request in queued)
         assert self.collector.rows_waiting == rows <= QUEUE_MAX_ROWS
-        for priority, waiting in self.collector._waiting.items():
-            of_it = [request.waiting for request in queued if request.group[0] == priority]
-            assert waiting == sum(of_it)
+        assert queues._rows.keys() == queues._queues.keys()
+        for group, waiting in queues._rows.items():
+            assert waiting == sum(request.waiting for request in queued if request.group == group)
         assert not [request for request in queued if request.outlet.done()]
 
     def teardown(self) -> None:
