@@ -17,7 +17,6 @@ from functools import partial
 from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
-from zlib import crc32
 
 from app.canonical import Canonical
 from app.flights import Flights, Key, Run
@@ -55,15 +54,16 @@ EARNED_BY_HIT = 16
 bound."""
 
 VAIN_ROWS = 2000
-VAIN_ROWS_PER_S = 250
-ROWS_EARNED_BY_HIT = 64
+VAIN_ROWS_PER_S = 50
+ROWS_EARNED_BY_HIT = 160
 """The same of rows that come one by one to a model that takes hardly longer than what is done here
-for them, which is a sixth of such a request: to look it up, and to keep its answer."""
+for them, which is a sixth of such a request: to look it up, and to keep its answer. Found is at
+first what is `ALWAYS_ASKED`, so that it takes more for one in sixteen to be enough."""
 
-ALWAYS_ASKED = 64
-"""Of one body in so many all is done, whenever and in whichever process it comes. Of some of the
-requests one would see next to none come again, as what came before them was seldom kept; of some of
-the bodies as many as of all."""
+ALWAYS_ASKED = 256
+"""Of one body in so many all is done, whenever it comes to a process. Of some of the requests one
+would see next to none come again, as what came before them was seldom kept; of some of the bodies
+as many as of all."""
 
 Keys = tuple[Key, ...]
 
@@ -223,11 +223,11 @@ class ResponseCache:
         hardly longer than that; otherwise it is to be asked as it is without a cache. Without a
         body, which `app.inference.Terms` tells of, it always is.
         """
-        if body is None or self._lock_s or not crc32(body) % ALWAYS_ASKED:
+        if body is None or self._lock_s:
             return True
         found = hash(body)
-        if found in self._passed_by:
-            # Of many who ask the same at once, one more leads, and the others follow.
+        # The second is of many who ask the same at once: one more leads, and the others follow.
+        if not found % ALWAYS_ASKED or found in self._passed_by:
             return True
         if not self._passed_by:
             if self._rows.take(1):

@@ -122,13 +122,11 @@ def _submit(
     return ticket
 
 
-def recall(model: ServedModel, terms: Terms) -> Answer | None:
-    """What is known already of a request's body, which then need not be read."""
+def recall(model: ServedModel, key: bytes, terms: Terms) -> Answer | None:
+    """What is known already of the row that a request's body holds, by its key in the cache: then
+    the body need not be read."""
     cache, values = model.cache, model.values
-    if cache is None or cache.bodies is None or terms.body is None:
-        return None
-    key = cache.bodies.key_of(terms.body)
-    if key is None or terms.use != "normal":
+    if cache is None or terms.use != "normal":
         return None
     if values and not values.may_skip:
         # It is to be seen what the row was.

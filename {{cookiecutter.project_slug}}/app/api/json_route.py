@@ -247,10 +247,11 @@ class JsonRoute:
         content = exchange.take_content(self._bodies.max_bytes) if exchange else None
         if content is None or len(content) > SMALL_BYTES:
             content = await self._hold(call, content, receive)
-        answer = None
-        if self.model.cache and self._takes_one_row and parse is self._parse and not call.span:
+        answer, cache = None, self.model.cache
+        if cache and self._takes_one_row and parse is self._parse and not call.span:
             call.body = content
-            answer = inference.recall(self.model, call)
+            key = cache.bodies.key_of(content) if cache.bodies else None
+            answer = inference.recall(self.model, key, call) if key else None
         if answer is None:
             rows = self._rows(parse, content, call)
             if exchange:

@@ -276,19 +276,23 @@ class TestAnswers:
             terms: Any = SimpleNamespace(
                 body=b"1", use="normal", deadline=FAR, priority=0, is_alone=False
             )
+            bodies = cached.bodies
+            assert bodies
             for status in ("miss", "hit"):
-                assert inference.recall(model, terms) is None
+                assert bodies.key_of(terms.body) is None
                 assert (await inference.predict(model, [Features(x=1)], terms)).cache == status
                 await settle()
-            recalled = inference.recall(model, terms)
+            key = bodies.key_of(terms.body)
+            assert key
+            recalled = inference.recall(model, key, terms)
             assert recalled
             assert (recalled.cache, recalled.content) == ("hit", b'{"y":2.0}')
             assert (values.skips, len(asked.asked)) == (1, 1)
-            for changed in ({"use": "refresh"}, {"use": "none"}, {"body": None}):
-                other: Any = SimpleNamespace(**(vars(terms) | changed))
-                assert inference.recall(model, other) is None
+            for use in ("refresh", "none"):
+                other: Any = SimpleNamespace(**(vars(terms) | {"use": use}))
+                assert inference.recall(model, key, other) is None
             values.may_skip = False
-            assert inference.recall(model, terms) is None
+            assert inference.recall(model, key, terms) is None
 
         run(test)
 
