@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import resource
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -198,6 +199,8 @@ def poison_rows(target: Target, scale: float) -> list[Row]:
 
 async def _poisoned(target: Target, port: int, count: int) -> tuple[int, int, Counter[int]]:
     numbers = iter(range(count))
+    # At random, so that now and then several meet in a batch.
+    bad = set(random.Random(1).sample(range(count), count // 100))  # noqa: S311
     poison = target.bad(f0=POISON)
     good = wrong = 0
     statuses: Counter[int] = Counter()
@@ -206,7 +209,7 @@ async def _poisoned(target: Target, port: int, count: int) -> tuple[int, int, Co
         nonlocal good, wrong
         client = Client(port)
         for turn in numbers:
-            if turn % 100 == 50:
+            if turn in bad:
                 statuses[(await client.ask(poison))[0]] += 1
             else:
                 exchange = target.exchanges[turn % len(target.exchanges)]

@@ -261,7 +261,9 @@ def _targets(figures: Figures) -> str:
     rows = [target.row(figures) for target in TARGETS]
     return (
         "## Targets\n\n" + table(["ratio", "target", "measured", ""], rows) + "\n"
-        "Targets against peers are not measured here: no peer is a contestant yet.\n"
+        "Targets against peers are not measured here: no peer is a contestant yet. The response\n"
+        "cache is off but in its own section. What requests pay for metrics, logs, traces and\n"
+        "drift is in [observability.md](observability.md).\n"
     )
 
 

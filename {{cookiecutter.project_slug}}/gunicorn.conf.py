@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import resource
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ logconfig_dict = logging_config(settings)
 preload_app = False
 
 tell_of_quota(os.environ)
+
+# Each connection is an open file, and most shells allow 1,024 where the system allows many more.
+_, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+with suppress(OSError, ValueError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
 
 # Longer than the idle time-out of the usual proxies, so that they close first, not we.
 keepalive = 75

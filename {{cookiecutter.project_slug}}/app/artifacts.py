@@ -49,6 +49,10 @@ class Manifest(BaseModel):
         return self
 
 
+Stamps = list[tuple[int, int, int]]
+"""Inode, size and time of the last change, of files."""
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """One version of one model, as it lies on disk."""
@@ -63,6 +67,12 @@ class Artifact:
         """SHA-256 over the names and digests of all files: equal exactly when they all are."""
         lines = sorted(f"{digest}  {name}" for name, digest in self.manifest.files.items())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def stamps(self) -> Stamps:
+        """Of each file that is there; another if one is written to or replaced."""
+        paths = (self.directory / name for name in (MANIFEST, *self.manifest.files))
+        found = [path.stat() for path in paths if path.is_file()]
+        return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in found]
 
     def verify(self) -> None:
         """Compare the files with the manifest.

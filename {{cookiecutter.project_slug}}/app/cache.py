@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
+from hmac import compare_digest
 from operator import attrgetter
 from time import time
 from typing import Any, NamedTuple, Protocol
@@ -33,11 +34,14 @@ from app.token_bucket import REFILL_S, TokenBucket
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
 
-FORMAT = 1
+FORMAT = 2
 HEAD = struct.Struct(">Bd16s")
-"""A value begins with its format, when the model said it, in seconds since the epoch, and the begin
-of its key, so that one that has got under another key is found out. The rest is the JSON of the
-prediction."""
+"""A value begins with its format, when the model said it, in seconds since the epoch, and a keyed
+digest of its key and all else, so that one that was changed, or has got under another key, is found
+out. The rest is the JSON of the prediction."""
+
+UNSEALED = bytes(16)
+"""In place of the digest, where nobody else can change it."""
 
 MAX_SKEW_S = 5.0
 """By so much the clock of another machine may be ahead."""
@@ -57,8 +61,8 @@ VAIN_ROWS = 2000
 VAIN_ROWS_PER_S = 50
 ROWS_EARNED_BY_HIT = 160
 """The same of rows that come one by one to a model that takes hardly longer than what is done here
-for them, which is a sixth of such a request: to look it up, and to keep its answer. Found is at
-first what is `ALWAYS_ASKED`, so that it takes more for one in sixteen to be enough."""
+for them, which is a sixth of such a request: to look it up, and to keep its answer. A hit pays for
+more than sixteen, as of the rows that come again few were kept before that began to pay."""
 
 ALWAYS_ASKED = 256
 """Of one body in so many all is done, whenever it comes to a process. Of some of the requests one
@@ -152,6 +156,7 @@ class ResponseCache:
         self._prefix = f"prediction:{metrics.model}:{metrics.version}:".encode()
         # With a first byte, which each copy would otherwise wait for to take the key in.
         self._hash = hashlib.blake2b(b"\0", key=context.digest(), digest_size=KEY_BYTES)
+        self._seals = hashlib.blake2b(b"\0", key=context.digest(), digest_size=len(UNSEALED))
         self._to_json = prediction.__pydantic_serializer__.to_json
         self._from_json = prediction.__pydantic_validator__.validate_json
         self._memory, self._shared = stores.memory, stores.shared
@@ -186,7 +191,7 @@ class ResponseCache:
         if custom := _custom_parts(self._prediction.__pydantic_core_schema__):
             raise ValueError(f"a Prediction has validators or serializers of its own ({custom})")
         content = self._to_json(prediction, by_alias=True)
-        read = self._read(key, _value(key, content, time()))
+        read = self._read(self._value(key, content, time()))
         if read is None or self._to_json(read.prediction, by_alias=True) != content:
             raise ValueError("a Prediction cannot be read from its own JSON")
 
@@ -226,7 +231,7 @@ class ResponseCache:
         if body is None or self._lock_s:
             return True
         found = hash(body)
-        # The second is of many who ask the same at once: one more leads, and the others follow.
+        # Of many who ask the same at once, one more leads then, and the others follow.
         if not found % ALWAYS_ASKED or found in self._passed_by:
             return True
         if not self._passed_by:
@@ -303,10 +308,12 @@ class ResponseCache:
                 self._rows.give(ROWS_EARNED_BY_HIT)
                 return [known.prediction], _age_s(known), None
         self.metrics.missed(1)
+        is_retry = False
         while True:
             run = None if refresh else self._flights.under_way.get(key)
             if run is None:
                 run = self._lead((key,), rows, submit, deadline, refresh)
+                run.is_retry = is_retry
                 outcomes: Sequence[Outcome] = ()
                 try:
                     outcomes = await run.leader
@@ -319,6 +326,7 @@ class ResponseCache:
             if said:
                 self._rows.give(ROWS_EARNED_BY_HIT)
                 return [said[key]], None, None
+            is_retry = True
 
     def end(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
         """Who leads `run` has its outcomes; none: it gives up, or the model did.
@@ -367,6 +375,7 @@ class ResponseCache:
         said: dict[Key, Outcome] = {key: found.prediction for key, found in known.items()}
         self.metrics.missed(len(row_of) - len(said))
         flights, under_way = self._flights, self._flights.under_way
+        is_retry = False
         while missing := [key for key in row_of if key not in said]:
             runs = {under_way[key] for key in missing if key in under_way and not refresh}
             to_follow = {key for run in runs for key in run.keys}
@@ -377,6 +386,7 @@ class ResponseCache:
                 if to_lead:
                     led = [row_of[key] for key in to_lead]
                     run = self._lead(to_lead, led, submit, deadline, refresh)
+                    run.is_retry = is_retry
                     outcomes: Sequence[Outcome] = ()
                     try:
                         outcomes = await run.leader
@@ -390,6 +400,7 @@ class ResponseCache:
             finally:
                 while joined:
                     flights.part(*joined.pop())
+            is_retry = True
         return [said[key] for key in keys], None, None
 
     def _lead(
@@ -443,7 +454,7 @@ class ResponseCache:
         value = self._memory.get(key)
         if value is None:
             return None
-        if known := self._read(key, value):
+        if known := self._read(value):
             self.metrics.memory_hit()
         else:
             self._memory.discard(key)
@@ -470,11 +481,14 @@ class ResponseCache:
         known = self._recall(key)
         if known or value is None:
             return known
-        known = self._read(key, value)
+        if self._is_ours(key, value):
+            known = self._read(value)
+        else:
+            self.metrics.invalid.inc()
         if known:
             # As it would be said: what was read may be written in other ways.
             if content := self._content(known.prediction):
-                self._memory.put({key: _value(key, content, known.said)})
+                self._memory.put({key: self._value(key, content, known.said)})
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
             self._lookups.give(EARNED_BY_HIT)
@@ -485,14 +499,24 @@ class ResponseCache:
     def _name(self, key: Key) -> bytes:
         return self._prefix + hexlify(key)
 
-    def _is_ours(self, key: Key, value: bytes) -> bool:
-        return len(value) >= HEAD.size and HEAD.unpack_from(value)[::2] == (FORMAT, key[:16])
+    def _value(self, key: Key, content: bytes, said: float) -> bytes:
+        """What is kept of a prediction whose JSON is `content`."""
+        value = HEAD.pack(FORMAT, said, UNSEALED) + content
+        return self._sealed(key, value) if self._shared else value
 
-    def _read(self, key: Key, value: bytes) -> _Known | None:
+    def _sealed(self, key: Key, value: bytes) -> bytes:
+        """`value` with the digest that belongs to it under `key`."""
+        begin, content = value[: HEAD.size - len(UNSEALED)], value[HEAD.size :]
+        seal = self._seals.copy()
+        seal.update(key + begin + content)
+        return begin + seal.digest() + content
+
+    def _is_ours(self, key: Key, value: bytes) -> bool:
+        is_whole = len(value) >= HEAD.size and value[0] == FORMAT
+        return is_whole and compare_digest(value, self._sealed(key, value))
+
+    def _read(self, value: bytes) -> _Known | None:
         """What `value` says, unless it is too old, or not of this schema."""
-        if not self._is_ours(key, value):
-            self.metrics.invalid.inc()
-            return None
         said = HEAD.unpack_from(value)[1]
         if not self._is_fresh(time() - said):
             return None
@@ -527,7 +551,7 @@ class ResponseCache:
             if under_way.get(key) is run:
                 del under_way[key]
                 if content is not None:
-                    values[key] = _value(key, content, now)
+                    values[key] = self._value(key, content, now)
         self._put(values)
 
     def _keep_run(self, run: Run, outcomes: Sequence[Outcome]) -> None:
@@ -539,7 +563,9 @@ class ResponseCache:
 
     def _keep(self, said: Mapping[Key, Outcome]) -> None:
         contents, now = {key: self._content(outcome) for key, outcome in said.items()}, time()
-        self._put({key: _value(key, content, now) for key, content in contents.items() if content})
+        self._put(
+            {key: self._value(key, content, now) for key, content in contents.items() if content}
+        )
 
     def _put(self, values: Mapping[Key, bytes]) -> None:
         self._memory.put(values)
@@ -559,11 +585,6 @@ def _custom_parts(schema: Any) -> str:
     if isinstance(schema, list | tuple):
         return next(filter(None, map(_custom_parts, schema)), "")
     return ""
-
-
-def _value(key: Key, content: bytes, said: float) -> bytes:
-    """What is kept of a prediction whose JSON is `content`."""
-    return HEAD.pack(FORMAT, said, key[:16]) + content
 
 
 def _age_s(known: _Known) -> float:

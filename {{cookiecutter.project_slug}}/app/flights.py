@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.deadlines import Deadlines
-from app.errors import DeadlineExceeded
+from app.errors import DeadlineExceeded, PredictionFailed
 from app.runner import Outcome
 from app.tickets import Ticket
 
@@ -35,6 +35,8 @@ class Run:
     """Of that one, by `time.monotonic`."""
 
     ticket: Ticket[Outcome]
+    is_retry: bool = False
+    """Whether who leads has followed another, which failed."""
 
 
 class Flights:
@@ -62,7 +64,7 @@ class Flights:
         """What it comes to; nothing, if that is of no use to others.
 
         Raises:
-            ServiceError: the model could not score the row, or did not until `deadline`.
+            ServiceError: the model could not score the row, once more, or did not until `deadline`.
         """
         landing = self.join(run, deadline)
         try:
@@ -155,15 +157,22 @@ class _Flight:
         for landing in self.waiting:
             if landing.done():
                 continue
-            if isinstance(error, DeadlineExceeded) or len(self._run.keys) > 1:
-                # That who led was too late is not true of everybody, and what is wrong with one
-                # of several rows, not of each: they ask again.
+            if self._may_ask_again(error):
                 landing.set_result({})
             else:
                 # Of the same row they would see the same.
                 same = copy(error).with_traceback(None)
                 same.__cause__ = error.__cause__
                 landing.set_exception(same)
+
+    def _may_ask_again(self, error: Exception) -> bool:
+        """Whether what one has seen need not be what all who follow would."""
+        # That who led was too late is not true of everybody, and what is wrong with one of several
+        # rows, not of each.
+        if isinstance(error, DeadlineExceeded) or len(self._run.keys) > 1:
+            return True
+        # A model may fail once; of all who follow one finds out, for all.
+        return isinstance(error, PredictionFailed) and not self._run.is_retry
 
     def cancel(self) -> None:
         """There will be no outcomes."""

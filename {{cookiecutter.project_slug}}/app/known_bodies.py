@@ -24,7 +24,7 @@ class KnownBodies:
 
     def key_of(self, body: bytes) -> bytes | None:
         """Of the row in `body`, as far as is known."""
-        if len(body) > MAX_BODY_BYTES:
+        if not self._entries or len(body) > MAX_BODY_BYTES:
             return None
         found = hash(body)
         entry = self._entries.get(found)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from functools import cache, cached_property
 from time import time
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from prometheus_client import Counter, Gauge, Histogram, values
 
@@ -248,6 +248,9 @@ class ValueMetrics:
 class CacheMetrics(_CountedLater):
     """The metrics of the cache of one version of one model."""
 
+    _shown_bytes: ClassVar[int] = 0
+    """All models share what is held."""
+
     def __init__(self, model: str, version: str) -> None:
         super().__init__()
         self.model, self.version = model, version
@@ -259,7 +262,6 @@ class CacheMetrics(_CountedLater):
         self.invalid = _cache_invalid.labels(model, version)
         self._passed_by = _cache_passed_by.labels(model, version)
         self._unasked = _cache_unasked.labels(model, version)
-        self._shown_bytes = 0
         self._hits_noted = self._misses_noted = self._unasked_noted = 0
 
     def memory_hit(self) -> None:
@@ -295,8 +297,8 @@ class CacheMetrics(_CountedLater):
 
     def show_bytes(self, held: int) -> None:
         """The cache in memory holds so many, within a hundredth."""
-        if abs(held - self._shown_bytes) * 100 > held:
-            self._shown_bytes = held
+        if abs(held - CacheMetrics._shown_bytes) * 100 > held:
+            CacheMetrics._shown_bytes = held
             _cache_bytes.set(held)
 
 

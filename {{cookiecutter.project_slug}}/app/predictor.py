@@ -131,7 +131,8 @@ class BasePredictor(ABC, Generic[FeaturesT, PredictionT]):
     def shape_key(self, row: FeaturesT) -> Hashable:
         """What rows must have in common to share a batch, such as a size or a range of lengths.
 
-        Called on the event loop for each row: keep it quick. By default any rows go together.
+        Called on the event loop for each row: keep it quick, and the number of shapes small, as all
+        that wait are looked at for each request. By default any rows go together.
         """
         return None
 

@@ -31,6 +31,20 @@ NO_HEADERS: Mapping[bytes, bytes] = {}
 H2C_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
+LISTS = (b"cache-control", b"priority")
+"""Headers that a prediction looks at and that may be sent in several lines."""
+
+
+def headers_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """By name; of one that is repeated the last, but all of a list (RFC 9110, section 5.3)."""
+    headers = dict(lines)
+    if len(headers) < len(lines):
+        for name in LISTS:
+            if name in headers:
+                headers[name] = b", ".join([value for its, value in lines if its == name])
+    return headers
+
+
 class Outbox:
     """Answers that are sent together at the end of a turn of the event loop, or when there are
     enough.
@@ -266,7 +280,7 @@ class Protocol(HttpToolsProtocol):
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        headers = dict(self.headers)
+        headers = headers_of(self.headers)
         expected = headers.get(b"expect")
         self.expect_100_continue = expected is not None and expected.lower() == b"100-continue"
         path, parser = self._plain_paths.get(self.url), self.parser

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from operator import itemgetter
 from typing import Generic, NamedTuple, TypeVar
 
@@ -16,6 +17,9 @@ Group = tuple[int, Hashable]
 
 ANY: Hashable = object()
 """A shape that is not known yet."""
+
+Turn = tuple[float, float]
+"""Priority and number of the request that a batch begins with; the smaller one goes first."""
 
 
 @dataclass(eq=False)
@@ -72,27 +76,33 @@ class Queues(Generic[RowT, OutcomeT]):
         """When the first of those that wait came; there has to be one."""
         return min([next(iter(queue)).timings.queued for queue in self._queues.values()])
 
-    def batches_before(self, priority: float, shape: Hashable, max_rows: int) -> tuple[int, float]:
-        """How many begin before that of one more row, and how many rows they have on average.
+    def batches_before(self, priority: float, shape: Hashable, max_rows: int) -> tuple[int, int]:
+        """About how many begin before that of one more row, and how many rows they have.
 
         Of `ANY` shape it is told for one that shares batches with all that waits.
         """
         rows_of: dict[Hashable, int] = {}
-        for (its_priority, its_shape), rows in self._rows.items():
+        turn_of: dict[Hashable, Turn] = {}
+        last: Turn = (0, 0)
+        for (its_priority, its_shape), queue in self._queues.items():
             if its_priority <= priority:
+                turn = its_priority, next(iter(queue)).number
+                turn_of[its_shape] = min(turn, turn_of.get(its_shape, turn))
+                rows = self._rows[its_priority, its_shape]
                 rows_of[its_shape] = rows_of.get(its_shape, 0) + rows
+                if its_shape == shape:
+                    last = max(last, (its_priority, next(reversed(queue)).number))
         if shape is ANY:
-            return sum(rows_of.values()) // max_rows, max_rows
-        batches = full = rows_of.get(shape, 0) // max_rows
-        rows_in_them = full * max_rows
-        for its_shape, rows in rows_of.items():
-            if its_shape != shape:
-                batches += -(-rows // max_rows)
-                rows_in_them += rows
-            elif not full:
-                # It joins those of its shape, and what has come after them is later.
-                break
-        return batches, rows_in_them / batches if batches else max_rows
+            full = sum(rows_of.values()) // max_rows
+            return full, full * max_rows
+        full, others = divmod(rows_of.pop(shape, 0), max_rows)
+        own: Turn = (priority, inf)
+        if others:
+            # It joins those of its shape; when there are many, the last of them.
+            own = last if full else turn_of[shape]
+        before = [rows for its_shape, rows in rows_of.items() if turn_of[its_shape] < own]
+        batches = sum([-(-rows // max_rows) for rows in before])
+        return full + batches, full * max_rows + sum(before)
 
     def add(self, request: Request[RowT, OutcomeT]) -> None:
         queue = self._queues.get(request.group)
@@ -129,11 +139,8 @@ class Queues(Generic[RowT, OutcomeT]):
                 room -= len(rows)
                 if not request.waiting:
                     del queue[request]
-            if queue:
-                # What is left of it has not waited for longer than what others have.
-                self._rows[group] = self._rows.pop(group)
-            elif group in self._queues:
-                # Otherwise the last one had expired.
+            # Unless the last one had expired.
+            if not queue and group in self._queues:
                 self._forget(group)
         return parts
 

@@ -73,7 +73,7 @@ class _Questions(Generic[QuestionT, AnswerT]):
     """What many want to know, asked together.
 
     What comes while an exchange is under way shares the next one. The answer is None if the store
-    is left alone, the exchange fails, or takes too long.
+    is left alone or tried, the exchange fails, or takes too long.
     """
 
     def __init__(
@@ -102,13 +102,18 @@ class _Questions(Generic[QuestionT, AnswerT]):
         if len(wanted) > MAX_WANTED if wanted else not self._may_begin():
             future.set_result(None)
             return future
-        wanted.setdefault(question, []).append(future)
+        futures = wanted.setdefault(question, [])
+        if self._asking is None:
+            self._asking = self._loop.create_task(self._ask())
+        if self._breaker.state is not State.CLOSED:
+            # Whether the store is well again is not found out at anybody's expense.
+            future.set_result(None)
+            return future
+        futures.append(future)
         now = monotonic()
         # Mostly there is more time than it can take.
         if deadline - now < self._longest_s:
             self._patience.add(future, (now + deadline) / 2)
-        if self._asking is None:
-            self._asking = self._loop.create_task(self._ask())
         return future
 
     @cached_property

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from app import artifacts
-from app.artifacts import Artifact
+from app.artifacts import Artifact, Stamps
 from app.batching import Collector, Limits
 from app.cache import ResponseCache, Stores, Times
-from app.discovery import PredictorClass, discover
+from app.discovery import SOURCE_SHA256, PredictorClass, discover
 from app.drift import ValueCounts
 from app.errors import (
     ModelNotFound,
@@ -119,8 +119,9 @@ class ServedModel:
         """
         started = perf_counter()
         try:
-            artifact = await asyncio.to_thread(self._verified_artifact)
+            artifact, stamps = await asyncio.to_thread(self._verified_artifact)
             await self._runner.load(partial(self._load_predictor, artifact))
+            self._check_same(artifact, stamps)
             self._collector = await self._make_collector(artifact.version)
         except Exception:
             self.state = State.FAILED
@@ -215,7 +216,7 @@ class ServedModel:
     def _identity(self, artifact: Artifact) -> tuple[str, ...]:
         """What an answer depends on, beside the row."""
         predictor = self.predictor_class
-        source = Path(sys.modules[predictor.__module__].__file__ or "")
+        source = vars(sys.modules[predictor.__module__])[SOURCE_SHA256]
         schemas = (
             predictor.features.model_json_schema(),
             predictor.prediction.model_json_schema(mode="serialization"),
@@ -225,7 +226,7 @@ class ServedModel:
             self.name,
             artifact.version,
             artifact.digest,
-            artifacts.sha256(source),
+            source,
             *(json.dumps(schema, sort_keys=True) for schema in schemas),
             # What rows are turned into depends on it.
             sys.version,
@@ -249,9 +250,10 @@ class ServedModel:
             self._collector.close("The model has to be started again.")
         self.on_lost(f"Model {self.name}: the device failed; this process has to end.")
 
-    def _verified_artifact(self) -> Artifact:
+    def _verified_artifact(self) -> tuple[Artifact, Stamps]:
         try:
             artifact = artifacts.newest(self._settings.artifacts_dir, self.name)
+            stamps = artifact.stamps()
             artifact.verify()
         except OSError as error:
             raise StartupError(
@@ -259,7 +261,18 @@ class ServedModel:
                 "let the service's user read it"
             ) from error
         self._warn_of_schema_change(artifact)
-        return artifact
+        return artifact, stamps
+
+    def _check_same(self, artifact: Artifact, stamps: Stamps) -> None:
+        """
+        Raises:
+            StartupError: what was loaded may not be what was verified, which answers are kept by.
+        """
+        if artifact.stamps() != stamps:
+            raise StartupError(
+                f"{self.name}: the files in {artifact.directory} changed while they were loaded; "
+                "publish a new version instead, and start again"
+            )
 
     def _load_predictor(self, artifact: Artifact) -> BasePredictor[Any, Any]:
         files = ", ".join(str(artifact.directory / name) for name in artifact.manifest.files)

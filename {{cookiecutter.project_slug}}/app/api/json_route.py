@@ -48,7 +48,7 @@ PRIORITY = re.compile(rb"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)")
 
 
 Headers = Mapping[bytes, bytes]
-"""By name in lower case; of a header that is repeated, the last."""
+"""By name in lower case; see `app.protocol.headers_of`."""
 
 Parse = Callable[[bytes], BaseModel]
 

@@ -18,7 +18,7 @@ from app.api.reply import JSON, Reply
 from app.errors import BodyTooLarge, ServiceError
 from app.lifecycle import Lifecycle
 from app.logs import current_request_id
-from app.protocol import Asgi, Exchange
+from app.protocol import Asgi, Exchange, headers_of
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        headers = headers_of(scope["headers"])
         route = self.routes.get(scope["path"]) if scope["method"] == "POST" else None
         call = Call(request_id_of(headers), monotonic(), headers, route=route, scope=scope)
         self.observers.begin(call)

@@ -433,6 +433,28 @@ class TestOverload:
 
         run(test())
 
+    def test_batches_of_few_rows_are_expected_to_take_less_than_full_ones(self) -> None:
+        async def test() -> None:
+            model = Model(fixed=1, per_row=1)
+            collecting, loop = collector(model, max_rows=32), asyncio.get_running_loop()
+            for rows in (1, 32):
+                collecting.cost.ran(rows, 1.0 + rows)
+            requests = [submit(collecting, *range(32))]
+            await settle()
+            requests += [submit(collecting, "a", shape_key=shape) for shape in range(20)]
+            await settle()
+            began = loop.time()
+            expected = collecting.expected_wait(0, "new")
+            requests.append(submit(collecting, "a", shape_key="new"))
+            while ["b"] not in model.batches:
+                requests.append(submit(collecting, "b", shape_key="last"))
+                await requests[-1]
+            assert expected == pytest.approx(33 + 20 * 2)
+            await asyncio.gather(*requests)
+            assert loop.time() - began == pytest.approx(expected + 2 + 2)
+
+        run(test())
+
     def test_of_many_rows_all_batches_count(self) -> None:
         async def test() -> None:
             collecting = collector(Model(fixed=10))

@@ -22,12 +22,14 @@ from tests.service.collecting import (
 
 
 class TestFailing:
-    @pytest.mark.parametrize("poison", [{0}, {3}, {7}, {2, 5}, {0, 1, 2}])
+    @pytest.mark.parametrize(
+        "poison", [{0}, {3}, {31}, {2, 5}, {0, 1, 2}, {0, 31}, {0, 9, 17, 26}, set(range(0, 32, 2))]
+    )
     def test_only_the_requests_at_fault_fail(self, poison: set[int]) -> None:
         async def test() -> None:
             model = Model()
-            collecting = collector(model, max_rows=8)
-            rows = ["poison" if number in poison else number for number in range(8)]
+            collecting = collector(model, max_rows=32)
+            rows = ["poison" if number in poison else number for number in range(32)]
             requests = [submit(collecting, row) for row in rows]
             answers = await asyncio.gather(*requests, return_exceptions=True)
             for number, answer in enumerate(answers):

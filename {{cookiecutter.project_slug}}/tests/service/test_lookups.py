@@ -23,7 +23,6 @@ from app.cache import (
     ResponseCache,
     Stores,
     Times,
-    _value,
 )
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
@@ -176,13 +175,38 @@ def test_what_is_of_no_use_is_deleted(said: float, content: bytes, invalid: int)
         store, model = Store(), Model()
         cached = sharing(store, 1)
         key, before = cached.key(Features(x=1)), counted(cached, "invalid")
-        store.values[cached._name(key)] = _value(key, content, time() + said)
+        store.values[cached._name(key)] = cached._value(key, content, time() + said)
         asking = ask(cached, model, 1.0)
         await settle()
         assert not store.values
         model.say()
         assert ys(await asking) == [2]
         assert counted(cached, "invalid") == before + invalid
+
+    run(test)
+
+
+def test_a_value_that_was_changed_is_a_miss_and_deleted() -> None:
+    async def test() -> None:
+        store = Store()
+        cached = sharing(store, 1000)
+        key, another = (cached.key(Features(x=x)) for x in (1, 2))
+        name = cached._name(key)
+        right = cached._value(key, b'{"y":2.0}', time())
+        changed = [
+            right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :] for at in range(len(right))
+        ]
+        changed += [right[:length] for length in range(1, len(right))]
+        changed += [right + b" ", b'{"y":2.0}', cached._value(another, b'{"y":2.0}', time())]
+        for value in changed:
+            store.values[name], before = value, counted(cached, "invalid")
+            found = cached._found(cached._shared, key, await store.get(name, 0))  # type: ignore[arg-type]
+            assert found is None
+            assert not store.values
+            assert counted(cached, "invalid") == before + 1
+        known = cached._found(cached._shared, key, right)  # type: ignore[arg-type]
+        assert known
+        assert known.prediction == Answer(y=2)
 
     run(test)
 

@@ -1,6 +1,8 @@
 """Starting: probes tell loading from ready, and what cannot work stops with one line."""
 
+import hashlib
 import os
+import resource
 import subprocess
 import sys
 from ctypes import CDLL
@@ -9,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from app import artifacts
 from app.artifacts import new_version
-from app.discovery import discover
+from app.discovery import SOURCE_SHA256, discover
 from app.errors import StartupError
+from app.repository import ModelRepository
+from app.settings import Settings
 from tests.service.server import FAKES, PROJECT, Service, Start, publish
 
 PREDICTOR = (FAKES / "double.py").read_text(encoding="utf-8")
@@ -114,6 +119,15 @@ class TestRefusal:
         (publish(tmp_path, "double", factor_txt=b"2") / "extra.bin").write_bytes(b"")
         line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=_only_double(tmp_path)))
         assert f"double: {tmp_path}/double/1/extra.bin is not listed in manifest.json" in line
+
+    def test_files_that_change_while_they_are_loaded(self, start: Start, tmp_path: Path) -> None:
+        publish(tmp_path, "double", factor_txt=b"2")
+        reads = '(artifact_dir / "factor.txt").read_text()'
+        assert reads in PREDICTOR
+        writes = PREDICTOR.replace(reads, f'({reads}, (artifact_dir / "factor.txt").touch())[0]')
+        folder = predictors(tmp_path, double=writes)
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=folder))
+        assert f"double: the files in {tmp_path}/double/1 changed while they were loaded" in line
 
     def test_a_corrupt_model(self, start: Start, tmp_path: Path) -> None:
         publish(tmp_path, "double", factor_txt=b"no number")
@@ -246,6 +260,64 @@ def test_artifacts_are_read_through_links(start: Start, tmp_path: Path) -> None:
     (tmp_path / "mounted" / "double" / "1").symlink_to(version)
     service = start(ARTIFACTS_DIR=tmp_path / "mounted", PREDICTORS_DIR=_only_double(tmp_path))
     assert service.wait_for("/ready").predict("double", x=1).json()["prediction"] == {"y": 5}
+
+
+def test_a_predictor_is_known_by_what_was_run(tmp_path: Path) -> None:
+    # Whatever is in its file by the time that somebody asks.
+    replaced = PREDICTOR + "\n(Path(__file__)).write_text('other')\n"
+    path = predictors(tmp_path, changing=replaced) / "changing.py"
+    module = sys.modules[discover(path.parent)["changing"].__module__]
+    assert path.read_text() == "other"
+    assert vars(module)[SOURCE_SHA256] == hashlib.sha256(replaced.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"title": "another"},
+        {"name": "twice"},
+        {"contents": (b"2", b"2")},
+        {"contents": (b"3",)},
+        {"source": ("self.factor *", "self.factor  *")},
+        {"source": ("x: float", "x: float\n    y: float = 1")},
+    ],
+)
+def test_what_answers_depend_on_is_all_in_the_identity(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    def identity(
+        place: str,
+        title: str = "service",
+        name: str = "double",
+        contents: tuple[bytes, ...] = (b"2",),
+        source: tuple[str, str] = ("", ""),
+    ) -> tuple[str, ...]:
+        (tmp_path / place).mkdir()
+        folder = predictors(tmp_path / place, **{name: PREDICTOR.replace(*source)})
+        for content in contents:
+            publish(tmp_path / place, name, factor_txt=content)
+        settings = Settings(
+            predictors_dir=folder,
+            artifacts_dir=tmp_path / place,
+            default_model=name,
+            service_title=title,
+            cache_enabled=False,
+        )
+        artifact = artifacts.newest(tmp_path / place, name)
+        return ModelRepository(settings).get(name)._identity(artifact)
+
+    assert identity("one") == identity("same")
+    assert identity("one more") != identity("other", **changed)
+
+
+def test_as_many_connections_may_be_open_as_the_system_allows(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        service = start().wait_for("/ready")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 PAGE_FAULTS = """
