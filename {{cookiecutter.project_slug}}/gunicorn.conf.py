@@ -32,8 +32,11 @@ tell_of_quota(os.environ)
 
 # Each connection is an open file, and most shells allow 1,024 where the system allows many more.
 _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-with suppress(OSError, ValueError):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+# macOS allows any number, and takes 10,240 at the most.
+for files in (most_files, 10_240):
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most_files))
+        break
 
 # Longer than the idle time-out of the usual proxies, so that they close first, not we.
 keepalive = 75

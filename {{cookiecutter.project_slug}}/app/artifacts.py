@@ -49,8 +49,8 @@ class Manifest(BaseModel):
         return self
 
 
-Stamps = list[tuple[int, int, int]]
-"""Inode, size and time of the last change, of files."""
+Stamps = list[tuple[int, int]]
+"""Size and time of the last change, of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,10 @@ class Artifact:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def stamps(self) -> Stamps:
-        """Of each file that is there; another if one is written to or replaced."""
+        """Of each file that is there; others if one is written to or replaced."""
         paths = (self.directory / name for name in (MANIFEST, *self.manifest.files))
         found = [path.stat() for path in paths if path.is_file()]
-        return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in found]
+        return [(file.st_size, file.st_mtime_ns) for file in found]
 
     def verify(self) -> None:
         """Compare the files with the manifest.

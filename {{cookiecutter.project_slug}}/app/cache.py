@@ -152,7 +152,7 @@ class ResponseCache:
         canonical = Canonical(features)
         self._canonical = canonical.of
         self._prediction = prediction
-        context = hashlib.blake2b("\0".join(identity).encode())
+        context = hashlib.blake2b("\0".join([str(FORMAT), *identity]).encode())
         self._prefix = f"prediction:{metrics.model}:{metrics.version}:".encode()
         # With a first byte, which each copy would otherwise wait for to take the key in.
         self._hash = hashlib.blake2b(b"\0", key=context.digest(), digest_size=KEY_BYTES)
@@ -322,6 +322,7 @@ class ResponseCache:
                     del run
                 return outcomes, None, content
             self.metrics.followers.inc()
+            run.is_retry |= is_retry
             said = await self._flights.follow(run, deadline)
             if said:
                 self._rows.give(ROWS_EARNED_BY_HIT)
@@ -381,6 +382,8 @@ class ResponseCache:
             to_follow = {key for run in runs for key in run.keys}
             to_lead = tuple(key for key in missing if key not in to_follow)
             self.metrics.followers.inc(len(runs))
+            for run in runs:
+                run.is_retry |= is_retry
             joined = [(run, flights.join(run, deadline)) for run in runs]
             try:
                 if to_lead:

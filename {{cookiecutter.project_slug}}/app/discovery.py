@@ -64,9 +64,9 @@ def _import(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     # As the loader does, but the digest is of what is run, whatever becomes of the file meanwhile.
     source = path.read_bytes()
+    sys.modules[name] = module
     vars(module)[SOURCE_SHA256] = hashlib.sha256(source).hexdigest()
     try:
         exec(compile(source, path.absolute(), "exec", dont_inherit=True), vars(module))  # noqa: S102

@@ -36,7 +36,7 @@ class Run:
 
     ticket: Ticket[Outcome]
     is_retry: bool = False
-    """Whether who leads has followed another, which failed."""
+    """Whether who leads, or somebody who follows, has followed another in vain."""
 
 
 class Flights:

@@ -79,7 +79,8 @@ class Queues(Generic[RowT, OutcomeT]):
     def batches_before(self, priority: float, shape: Hashable, max_rows: int) -> tuple[int, int]:
         """About how many begin before that of one more row, and how many rows they have.
 
-        Of `ANY` shape it is told for one that shares batches with all that waits.
+        Of another shape whose turn is before, all rows count, also those that came later. Of `ANY`
+        shape it is told for one that shares batches with all that waits.
         """
         rows_of: dict[Hashable, int] = {}
         turn_of: dict[Hashable, Turn] = {}

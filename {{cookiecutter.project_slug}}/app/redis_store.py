@@ -237,6 +237,9 @@ class RedisStore:
         Whether each was not there; true is also for what could not be found out. Of the time until
         `deadline` half is spent here at the most.
         """
+        if self._writing.state is not State.CLOSED:
+            # A lock that nobody waits for could come after it was let go.
+            return [True] * len(names)
         ttl_ms = max(1, int(ttl_s * 1000))
         answers = [self._locks.ask((name, ttl_ms), deadline) for name in names]
         return [await answer is not False for answer in answers]

@@ -121,7 +121,7 @@ class ServedModel:
         try:
             artifact, stamps = await asyncio.to_thread(self._verified_artifact)
             await self._runner.load(partial(self._load_predictor, artifact))
-            self._check_same(artifact, stamps)
+            await asyncio.to_thread(self._check_same, artifact, stamps)
             self._collector = await self._make_collector(artifact.version)
         except Exception:
             self.state = State.FAILED
@@ -268,7 +268,11 @@ class ServedModel:
         Raises:
             StartupError: what was loaded may not be what was verified, which answers are kept by.
         """
-        if artifact.stamps() != stamps:
+        try:
+            is_same = artifact.stamps() == stamps
+        except OSError:
+            is_same = False
+        if not is_same:
             raise StartupError(
                 f"{self.name}: the files in {artifact.directory} changed while they were loaded; "
                 "publish a new version instead, and start again"

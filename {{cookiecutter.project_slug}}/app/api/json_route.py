@@ -43,7 +43,7 @@ CLIENT_LEFT = 499
 
 TIMEOUT = "X-Request-Timeout-Ms"
 DEFAULT_PRIORITY = 3
-PRIORITY = re.compile(rb"(?:^|,)\s*u=([0-7])\s*(?:[,;]|$)")
+PRIORITY = re.compile(rb"(?:^|,)\s*u=([0-7])\s*(?=[,;]|$)")
 """The urgency in the header `Priority` of RFC 9218, section 4.1: 0 is the most urgent."""
 
 
@@ -344,8 +344,9 @@ def _tell_of_cache(call: Call, status: CacheStatus, age_s: float | None) -> None
 def _priority(headers: Headers) -> int:
     given = headers.get(b"priority")
     # What cannot be read is to be ignored (RFC 9218, section 4).
-    found = PRIORITY.search(given) if given else None
-    return int(found[1]) if found else DEFAULT_PRIORITY
+    found = PRIORITY.findall(given) if given else None
+    # The last counts (RFC 8941, section 3.2).
+    return int(found[-1]) if found else DEFAULT_PRIORITY
 
 
 def _cache_use(headers: Headers) -> CacheUse:

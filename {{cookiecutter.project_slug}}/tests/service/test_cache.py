@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, field_serializer, field_validator
 
@@ -35,6 +35,10 @@ from tests.service.server import FAKES, Service, Start, publish
 from tests.service.test_batches import sample
 
 FAR = 1e9
+
+IDENTITIES = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2
+)
 
 
 class Features(BaseFeatures):
@@ -190,7 +194,8 @@ class TestAnswers:
 
         run(test)
 
-    @given(*[st.lists(st.text(st.characters(exclude_characters="\0")), min_size=2, max_size=2)] * 2)
+    @given(IDENTITIES, IDENTITIES)
+    @settings(deadline=None)
     def test_keys_are_equal_for_the_same_identity_alone(
         self, one: list[str], other: list[str]
     ) -> None:

@@ -11,8 +11,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.server import ServerState
 
+from app.api.json_route import _priority
 from app.intake import LONGEST_S, SLICE_S, TOGETHER, Intake
-from app.protocol import Exchange, Outbox, Protocol
+from app.protocol import Exchange, Outbox, Protocol, headers_of
 
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 
@@ -230,6 +231,25 @@ def test_who_leaves_does_not_take_the_answers_of_others_along() -> None:
         assert [connection.sent for connection in connections] == [b"answer", b"", b"answer"]
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("lines", "priority"),
+    [
+        ([], 3),
+        ([b"u=1"], 1),
+        ([b"i, u=5;x"], 5),
+        ([b"u=6", b"u=1, i"], 1),
+        ([b"u=6, u=1"], 1),
+        ([b"u=0", b"i"], 0),
+        ([b"u=9"], 3),
+    ],
+)
+def test_a_list_may_be_in_several_lines_and_the_last_counts(
+    lines: list[bytes], priority: int
+) -> None:
+    headers = [(b"priority", line) for line in lines]
+    assert _priority(headers_of([(b"host", b"x"), *headers, (b"host", b"y")])) == priority
 
 
 class TestNoTime:
