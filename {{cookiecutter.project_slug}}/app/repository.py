@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIVIAL_BELOW_S = 0.0001
-"""What a batch takes for each of its rows. The cache takes some 10 us for one."""
+TRIVIAL_BELOW_S = 0.0002
+"""What a batch takes for each of its rows. The cache takes some 10 us for one among many, and 40
+for one that comes alone, when the CPU's caches are cold."""
 
 
 class State(StrEnum):

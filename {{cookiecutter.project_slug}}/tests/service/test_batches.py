@@ -22,7 +22,7 @@ GATE = "/v1/models/gate/predict"
 def sample(service: Service, name: str, **labels: str) -> float:
     """The value of a metric."""
     inner = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-    series = f"{name}{{{inner}}}" if labels else name
+    series = name + "{" + inner + "}" if labels else name
     text = service.client.get("/metrics").text
     found = re.search("^" + re.escape(series) + r" (\S+)$", text, flags=re.MULTILINE)
     return float(found[1]) if found else 0.0

@@ -579,10 +579,7 @@ def test_closing_lets_nobody_wait() -> None:
     asyncio.run(test())
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [b"", b"\x01", b"garbage", b"\x02" + bytes(24) + b'{"y":9}', b"\x01" + bytes(24) + b"{"],
-)
+@pytest.mark.parametrize("garbage", [b"garbage", b"\x02" + bytes(24) + b'{"y":9}'])
 def test_what_is_none_of_ours_is_a_miss_and_written_anew(
     start: Start, start_redis: StartRedis, garbage: bytes
 ) -> None:
