@@ -441,9 +441,10 @@ def test_whatever_the_client_does_a_lookup_is_a_miss_and_it_recovers(answer: Any
 def test_while_redis_is_tried_no_lock_is_set() -> None:
     async def test() -> None:
         store = store_with(Silent(), timeout_s=1000)
-        store._writing._become(State.HALF_OPEN)
+        store._writing._become(State.OPEN)  # The pause is over: it may be tried.
         assert await store.take([b"a", b"b"], 1, monotonic() + 60) == [True, True]
         assert not store._locks._wanted
+        assert store._writing.state is State.OPEN
         await store.close()
 
     asyncio.run(test())
