@@ -60,14 +60,17 @@ bound."""
 VAIN_ROWS = 2000
 VAIN_ROWS_PER_S = 50
 ROWS_EARNED_BY_HIT = 160
-"""The same of rows that come one by one to a model that takes hardly longer than what is done here
-for them, which is a sixth of such a request: to look it up, and to keep its answer. A hit pays for
-more than sixteen, as of the rows that come again few were kept before that began to pay."""
+"""The same of rows of a model that takes hardly longer than what is done here for them, which is a
+sixth of such a request: to look them up, and to keep their answers. A hit pays for more than
+sixteen, as of the rows that come again few were kept before that began to pay."""
 
 ALWAYS_ASKED = 256
 """Of one body in so many all is done, whenever it comes to a process. Of some of the requests one
 would see next to none come again, as what came before them was seldom kept; of some of the bodies
 as many as of all."""
+
+PASSED_BY: Key = b""
+"""In place of a key, of what the model is asked for as without a cache."""
 
 Keys = tuple[Key, ...]
 
@@ -168,8 +171,12 @@ class ResponseCache:
         self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
         """That may still come in vain."""
 
-        self._passed_by: set[int] = set()
-        """Hashes of the bodies since that ended, until it is looked at again."""
+        self._passed_by: dict[bytes, Run | bytes | None] = {}
+        """What the model was asked for since that ended, until it is looked at again, by the body:
+        the run, and once that has ended the JSON of the only prediction. None: it is of no use to
+        who sends the same."""
+
+        self._rows_passed_by = 0
 
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
@@ -223,32 +230,48 @@ class ResponseCache:
         if self.bodies and len(body) <= MAX_BODY_BYTES:
             self.bodies.note(body, self.key(row))
 
-    def admits(self, body: bytes | None) -> bool:
-        """Whether the one row in `body` is to be looked up and its answer kept, if the model takes
-        hardly longer than that; otherwise it is to be asked as it is without a cache. Without a
-        body, which `app.inference.Terms` tells of, it always is.
-        """
-        if body is None or self._lock_s:
+    def admits(self, body: bytes, rows: Sequence[BaseFeatures]) -> bool:
+        """Whether `rows`, from `body`, are to be looked up and their answers kept, though the model
+        takes hardly longer than that."""
+        if self._lock_s:
             return True
-        found = hash(body)
-        # Of many who ask the same at once, one more leads then, and the others follow.
-        if not found % ALWAYS_ASKED or found in self._passed_by:
+        if not hash(body) % ALWAYS_ASKED:
             return True
-        if not self._passed_by:
-            if self._rows.take(1):
-                return True
-            self._loop.call_later(REFILL_S, self._count_passed_by, context=Context())
-        self._passed_by.add(found)
-        return False
+        if body in self._passed_by:
+            self._catch_up(self._passed_by[body], rows)
+            return True
+        return not self._passed_by and self._rows.take(len(rows)) > 0
+
+    def _catch_up(self, passed_by: Run | bytes | None, rows: Sequence[BaseFeatures]) -> None:
+        """Do what was left out for the same `rows` when they came before."""
+        if not passed_by:
+            return
+        keys = tuple(map(self.key, rows))
+        if isinstance(passed_by, bytes):
+            if not self._memory.get(keys[0]):
+                self._put({keys[0]: self._value(keys[0], passed_by, time())})
+        elif not passed_by.keys:
+            passed_by.keys = keys
+            for key in keys:
+                self._flights.under_way.setdefault(key, passed_by)
 
     def _count_passed_by(self) -> None:
-        passed_by, self._passed_by = self._passed_by, set()
-        self.metrics.passed_by(len(passed_by))
+        self.metrics.passed_by(self._rows_passed_by)
+        self._passed_by, self._rows_passed_by = {}, 0
 
-    def key_of_new(self, rows: Sequence[BaseFeatures], *, refresh: bool) -> Key | None:
-        """Of the only row, if nothing is known of it here, nobody asks the model for it, and the
-        shared store is not to be asked; or if it is to `refresh` what is known: then it is to
-        `lead`. None: `answer` does all there is to it."""
+    def key_of_new(
+        self, rows: Sequence[BaseFeatures], body: bytes | None, *, refresh: bool
+    ) -> Key | None:
+        """By what `rows`, from `body`, are to `lead`: the key of the only one, if nothing is known
+        of it here, nobody asks the model for it, and the shared store is not to be asked, or if it
+        is to `refresh` what is known; PASSED_BY, if all that is not worth its time. None: `answer`
+        does all there is to it.
+
+        Args:
+            body: None: the model takes much longer than what is done here.
+        """
+        if body is not None and not refresh and not self.admits(body, rows):
+            return PASSED_BY
         if len(rows) != 1 or self._lock_s:
             return None
         try:
@@ -263,16 +286,17 @@ class ResponseCache:
         self.metrics.missed(1)
         return key
 
-    def lead(
-        self,
-        key: Key,
-        leader: asyncio.Future[Sequence[Outcome]],
-        deadline: float,
-        ticket: Ticket[Outcome],
-    ) -> Run:
-        """A run of one row that others can follow, until it is ended."""
-        run = self._flights.under_way[key] = Run((key,), leader, deadline, ticket)
-        return run
+    def lead(self, key: Key, run: Run, rows: int) -> None:
+        """The model is asked for so many rows, and others can follow `run` until it is ended; if
+        they are passed by, once the same body comes again."""
+        if key is not PASSED_BY:
+            run.keys = (key,)
+            self._flights.under_way[key] = run
+            return
+        if not self._passed_by:
+            self._loop.call_later(REFILL_S, self._count_passed_by, context=Context())
+        self._passed_by[run.body] = run if self.bodies else None
+        self._rows_passed_by += rows
 
     async def answer(
         self,
@@ -305,7 +329,6 @@ class ResponseCache:
                 value = await self._shared.get(self._name(key), deadline)
                 known = self._found(self._shared, key, value)
             if known:
-                self._rows.give(ROWS_EARNED_BY_HIT)
                 return [known.prediction], _age_s(known), None
         self.metrics.missed(1)
         is_retry = False
@@ -340,6 +363,8 @@ class ResponseCache:
             self._flights.part(run, run.leader)
             return None
         ticket.withdraw()
+        if not run.keys:
+            return self._end_passed_by(run, outcomes)
         if not outcomes:
             self._flights.end(run)
             return None
@@ -352,6 +377,14 @@ class ResponseCache:
         if not self._ended:
             self._loop.call_soon(self._keep_all, context=Context())
         self._ended.append((run, content))
+        return content
+
+    def _end_passed_by(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
+        if run.body not in self._passed_by:
+            return None
+        # The answer needs the JSON anyway.
+        content = self._content(outcomes[0]) if self.bodies and len(outcomes) == 1 else None
+        self._passed_by[run.body] = content
         return content
 
     async def _answer_many(
@@ -459,6 +492,7 @@ class ResponseCache:
             return None
         if known := self._read(value):
             self.metrics.memory_hit()
+            self._rows.give(ROWS_EARNED_BY_HIT)
         else:
             self._memory.discard(key)
         return known
@@ -495,6 +529,7 @@ class ResponseCache:
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
             self._lookups.give(EARNED_BY_HIT)
+            self._rows.give(ROWS_EARNED_BY_HIT)
         else:
             shared.discard(self._name(key))
         return known

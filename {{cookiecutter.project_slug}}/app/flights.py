@@ -28,6 +28,8 @@ class Run:
     """What the model was asked for, and has not answered yet."""
 
     keys: tuple[Key, ...]
+    """None: it cannot be followed."""
+
     leader: asyncio.Future[Sequence[Outcome]]
     """What the first who asked waits for."""
 
@@ -35,6 +37,9 @@ class Run:
     """Of that one, by `time.monotonic`."""
 
     ticket: Ticket[Outcome]
+    body: bytes = b""
+    """What the rows were read from, if there are no keys."""
+
     is_retry: bool = False
     """Whether who leads, or somebody who follows, has followed another in vain."""
 

@@ -18,6 +18,7 @@ from app.errors import (
     PredictionFailed,
     ServiceError,
 )
+from app.flights import Run
 from app.predictor import BaseFeatures, ItemError
 from app.repository import ServedModel
 from app.runner import Outcome
@@ -102,7 +103,11 @@ class Terms(Protocol):
 
     @property
     def body(self) -> bytes | None:
-        """Of a request with one row, what that is read from, if the cache may go by it."""
+        """What the rows are read from, if the cache may go by it."""
+
+    @property
+    def takes_one_row(self) -> bool:
+        """Whether one row is read from `body`, as of each that is the same."""
 
     @property
     def is_alone(self) -> bool:
@@ -149,15 +154,9 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
     """
     cache, use = model.cache, terms.use
     age_s = content = None
-    is_passed_by = (
-        cache is not None
-        and use == "normal"
-        and len(rows) == 1
-        and model.is_trivial
-        and not cache.admits(terms.body)
-    )
+    body = terms.body if model.is_trivial else None
     try:
-        if cache is None or use == "none" or is_passed_by:
+        if cache is None or use == "none":
             # As `outcomes_of`, which would be a coroutine more: 1 us.
             answer = model.outlet()
             ticket = _submit(model, terms, rows, answer)
@@ -167,15 +166,17 @@ async def predict(model: ServedModel, rows: Sequence[BaseFeatures], terms: Terms
                 ticket.withdraw()
                 # An error knows this frame by its traceback; the frame must not know the error.
                 del ticket, answer
-        elif key := cache.key_of_new(rows, refresh=use == "refresh"):
+        elif (key := cache.key_of_new(rows, body, refresh=use == "refresh")) is not None:
             answer = model.outlet()
-            run = cache.lead(key, answer, terms.deadline, _submit(model, terms, rows, answer))
+            ticket = _submit(model, terms, rows, answer)
+            run = Run((), answer, terms.deadline, ticket, body or b"")
+            cache.lead(key, run, len(rows))
             outcomes = ()
             try:
                 outcomes = await answer
             finally:
                 content = cache.end(run, outcomes)
-                del run, answer
+                del run, ticket, answer
         else:
             submit, refresh = partial(_submit, model, terms), use == "refresh"
             answered = await cache.answer(rows, submit, terms.deadline, refresh)
@@ -209,7 +210,7 @@ def _of_cache(
         cache.metrics.bypasses.inc()
         return "bypass"
     # The next time it may be known by the body alone.
-    if terms.body is not None and (values is None or values.may_skip):
+    if terms.body is not None and terms.takes_one_row and (values is None or values.may_skip):
         cache.note_body(terms.body, rows[0])
     return "hit"
 

@@ -88,7 +88,9 @@ class Call:
     priority: int = field(default=DEFAULT_PRIORITY, init=False)
     use: CacheUse = field(default="normal", init=False)
     body: bytes | None = field(default=None, init=False)
-    """If it is JSON for one row and not traced: the cache may have the answer by it."""
+    """If it is JSON and not traced: the cache may go by it."""
+
+    takes_one_row: bool = field(default=False, init=False)
 
     bytes_held: int = field(default=0, init=False)
     """Of the body, until the call is over."""
@@ -248,9 +250,9 @@ class JsonRoute:
         if content is None or len(content) > SMALL_BYTES:
             content = await self._hold(call, content, receive)
         answer, cache = None, self.model.cache
-        if cache and self._takes_one_row and parse is self._parse and not call.span:
-            call.body = content
-            key = cache.bodies.key_of(content) if cache.bodies else None
+        if cache and parse is self._parse and not call.span:
+            call.body, call.takes_one_row = content, self._takes_one_row
+            key = cache.bodies.key_of(content) if self._takes_one_row and cache.bodies else None
             answer = inference.recall(self.model, key, call) if key else None
         if answer is None:
             rows = self._rows(parse, content, call)

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from math import nan
 from pathlib import Path
 from time import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from pydantic import Field
 
 from app import inference
 from app.cache import (
     ALWAYS_ASKED,
     EARNED_BY_HIT,
+    PASSED_BY,
     ROWS_EARNED_BY_HIT,
     VAIN_ROWS,
     VAIN_ROWS_PER_S,
@@ -24,15 +25,29 @@ from app.cache import (
     Stores,
     Times,
 )
+from app.errors import PredictionFailed
+from app.flights import Run
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
+from app.predictor import ItemError
 from app.redis_store import _write_one, packed
 from app.repository import TRIVIAL_BELOW_S, ModelRepository
 from app.runner import MEMORY_RUNS
 from app.settings import Settings
 from app.token_bucket import TokenBucket
+from tests.service.caching import (
+    Answer,
+    Features,
+    Model,
+    ask,
+    cache,
+    run,
+    served,
+    settle,
+    terms_of,
+    ys,
+)
 from tests.service.server import FAKES, WAIT_S
-from tests.service.test_cache import Answer, Features, Model, ask, cache, run, served, settle, ys
 
 
 class TestTokenBucket:
@@ -101,13 +116,8 @@ def unasked(cached: ResponseCache) -> float:
     return counted(cached, "redis_unasked")
 
 
-def terms_of(**changed: Any) -> Any:
-    terms = {"timings": None, "deadline": 1e9, "priority": 0, "body": None, "is_alone": False}
-    return SimpleNamespace(**({"use": "normal"} | terms | changed))
-
-
 def is_to_lead(cached: ResponseCache, x: float, *, refresh: bool = False) -> bool:
-    return cached.key_of_new([Features(x=x)], refresh=refresh) is not None
+    return cached.key_of_new([Features(x=x)], None, refresh=refresh) is not None
 
 
 def test_who_comes_alone_is_looked_up_until_too_much_was_in_vain() -> None:
@@ -297,23 +307,22 @@ class TestOfATrivialModel:
 
         run(test)
 
-    def test_of_some_bodies_and_of_what_is_no_single_body_all_is_done(self) -> None:
+    def test_of_some_bodies_and_of_what_has_none_all_is_done(self) -> None:
         async def test() -> None:
             cached = bounded(0)
             its, one = served(cached, Model()), next(bodies(is_always_asked=False))
             await send(its, 1, next(bodies(is_always_asked=True)))
             await send(its, 2, None)
             await send(its, 3, one, use="refresh")
-            rows = [Features(x=4), Features(x=5)]
-            await inference.predict(its, rows, terms_of(body=one))
-            await send(its, 6, one)
-            await settle()
-            assert [is_kept(cached, x) for x in range(1, 7)] == [True] * 5 + [False]
+            await send(its, 4, one)
+            assert [is_kept(cached, x) for x in range(1, 5)] == [True, True, True, False]
 
         run(test)
 
-    def test_of_many_who_ask_the_same_the_model_is_asked_for_two(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("xs", [[1.0], [1.0, 2.0, 1.0]])
+    @pytest.mark.parametrize("leaves", [False, True])
+    def test_of_many_who_ask_the_same_the_model_is_asked_once(
+        self, monkeypatch: pytest.MonkeyPatch, xs: list[float], leaves: bool
     ) -> None:
         # All that comes, comes before it is looked at again.
         monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
@@ -321,9 +330,107 @@ class TestOfATrivialModel:
         async def test() -> None:
             model, cached = Model(), bounded(0)
             its, one = served(cached, model), next(bodies(is_always_asked=False))
-            await asyncio.gather(*(send(its, 1, one) for _ in range(100)))
-            assert list(itertools.chain(*model.asked)) == [1, 1]
-            assert (await send(its, 1, one)).cache == "hit"
+            rows = [Features(x=x) for x in xs]
+            asking = [
+                asyncio.create_task(inference.predict(its, rows, terms_of(body=one)))
+                for _ in range(100)
+            ]
+            await asyncio.sleep(0)
+            if leaves:
+                asking.pop(0).cancel()
+            for answer in await asyncio.gather(*asking):
+                assert answer.outcomes == [Answer(y=2 * x) for x in xs]
+            assert model.asked == [xs]
+            await settle()
+            answer = await inference.predict(its, rows, terms_of(body=one))
+            assert (answer.cache, model.asked) == ("hit", [xs])
+
+        run(test)
+
+    @pytest.mark.parametrize("fate", ["said", "failed", "invalid", "left", "with another"])
+    def test_what_was_passed_by_and_has_its_answer_is_known_to_who_sends_the_same(
+        self, monkeypatch: pytest.MonkeyPatch, fate: str
+    ) -> None:
+        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+
+        async def test() -> None:
+            model, cached = Model(), bounded(0)
+            its, terms = served(cached, model), terms_of(body=next(bodies(is_always_asked=False)))
+            rows = [Features(x=x) for x in range(1 + (fate == "with another"))]
+            asking = asyncio.create_task(inference.predict(its, rows, terms))
+            await asyncio.sleep(0)
+            if fate == "failed":
+                model.tickets[0].outlet.set_exception(PredictionFailed("It broke."))
+            elif fate == "invalid":
+                model.say(0, ItemError("x", "Too low."))
+            elif fate == "left":
+                asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            answer = await inference.predict(its, rows, terms)
+            assert answer.outcomes == [Answer(y=2 * row.x) for row in rows]
+            assert answer.cache == ("hit" if fate == "said" else "miss")
+            assert len(model.asked) == (1 if fate == "said" else 2)
+
+        run(test)
+
+    def test_unless_it_was_refreshed_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+
+        async def test() -> None:
+            model, cached = Model(), bounded(0)
+            its, one = served(cached, model), next(bodies(is_always_asked=False))
+            await send(its, 1, one)
+            monkeypatch.setattr(model, "say", lambda _: Model.say(model, -1, Answer(y=7)))
+            await send(its, 1, one, use="refresh")
+            answer = await send(its, 1, one)
+            assert (answer.cache, answer.outcomes) == ("hit", [Answer(y=7)])
+
+        run(test)
+
+    def test_unless_more_than_the_body_tells_what_row_it_holds(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+        chance = itertools.count()
+
+        class Varying(Features):
+            name: str = Field(default_factory=lambda: f"{next(chance)}")
+
+        async def test() -> None:
+            model, cached = Model(), bounded(0, types=(Varying, Answer))
+            its, terms = served(cached, model), terms_of(body=next(bodies(is_always_asked=False)))
+            for when in ("at once", "later"):
+                asking = [inference.predict(its, [Varying(x=1)], terms) for _ in range(2)]
+                assert {answer.cache for answer in await asyncio.gather(*asking)} == {"miss"}, when
+                await settle()
+            assert len(model.asked) == 4
+
+        run(test)
+
+    def test_rows_that_come_together_are_counted_one_by_one(self) -> None:
+        async def test() -> None:
+            cached = bounded(3)
+            its, sent = served(cached, Model()), bodies(is_always_asked=False)
+            before = [counted(cached, name) for name in ("misses", "passed_by")]
+            for x in (0, 2, 4):
+                rows = [Features(x=x), Features(x=x + 1)]
+                await inference.predict(its, rows, terms_of(body=next(sent)))
+            await settle()
+            cached._count_passed_by()
+            after = [counted(cached, name) for name in ("misses", "passed_by")]
+            assert [a - b for a, b in zip(after, before, strict=True)] == [6, 2]
+            assert [is_kept(cached, x) for x in range(6)] == [True] * 4 + [False] * 2
+
+        run(test)
+
+    def test_one_known_row_of_many_pays_for_others(self) -> None:
+        async def test() -> None:
+            cached = bounded(2 * ROWS_EARNED_BY_HIT)
+            its = served(cached, Model())
+            await send(its, 1)
+            cached._rows.take(2 * ROWS_EARNED_BY_HIT)
+            await inference.predict(its, [Features(x=1), Features(x=2)], terms_of())
+            assert cached._rows.take(2 * ROWS_EARNED_BY_HIT) == ROWS_EARNED_BY_HIT
 
         run(test)
 
@@ -333,7 +440,7 @@ class TestOfATrivialModel:
             await send(its, 1, next(bodies(is_always_asked=False)))
             assert is_kept(its.cache, 1)
             locked = bounded(0, stores=Stores(MemoryStore(0), Store()), times=Times(60, 1))  # type: ignore[arg-type]
-            assert locked.admits(next(bodies(is_always_asked=False)))
+            assert locked.admits(next(bodies(is_always_asked=False)), [Features(x=1)])
 
         run(test)
 
@@ -382,6 +489,9 @@ class TestOfATrivialModel:
             cached._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS, clock=lambda: now)
             cached._rows.take(VAIN_ROWS)
             chance, kept = random.Random(1), set()
+            rows: Any = [Features(x=1)]
+            future: Any = asyncio.get_running_loop().create_future()
+            ticket: Any = None
             sent: list[bytes] = []
             late = {"asked": 0, "found": 0}
             for number in range(40 * per_s):
@@ -391,13 +501,15 @@ class TestOfATrivialModel:
                 is_again = number > apart and chance.random() < again
                 body = sent[number - apart] if is_again else b"row %d" % number
                 sent.append(body)
-                if cached.admits(body):
+                if cached.admits(body, rows):
                     is_found = body in kept
                     cached._rows.give(ROWS_EARNED_BY_HIT * is_found)
                     kept.add(body)
                     if number >= 30 * per_s:
                         late["asked"] += 1
                         late["found"] += is_found
+                else:
+                    cached.lead(PASSED_BY, Run((), future, 0, ticket, body), 1)
             assert late["asked"] == pytest.approx(10 * per_s * asked, rel=0.1)
             assert late["found"] == pytest.approx(10 * per_s * again, rel=0.1)
 

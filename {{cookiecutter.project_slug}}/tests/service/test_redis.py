@@ -23,10 +23,10 @@ from app.breaker import LONGEST_PAUSE_S, Breaker, State
 from app.cache import HEAD
 from app.metrics import StoreMetrics
 from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand, _Questions, packed
+from tests.service.caching import double, runs
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import PROJECT, WAIT_S, Service, Start, make_certificate, publish
 from tests.service.test_batches import sample
-from tests.service.test_cache import double, runs
 
 Fault = Literal["none", "reset", "silence", "garbage", "half", "late"]
 

@@ -20,10 +20,10 @@ from app.errors import NotReady, PredictionFailed
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics, StoreMetrics
 from app.redis_store import RedisStore
+from tests.service.caching import Answer, Features, Model, ask, ys
 from tests.service.redis_server import RedisServer, StartRedis
 from tests.service.server import FAKES, WAIT_S, Service, Start, publish
 from tests.service.test_batches import sample
-from tests.service.test_cache import Answer, Features, Model, ask, ys
 from tests.service.test_redis import until
 
 
