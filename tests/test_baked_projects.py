@@ -23,7 +23,7 @@ TESTS = [
     "tests/test_churn.py",
     "tests/service/test_api.py",
     "tests/service/test_requirements.py",
-    "tests/service/test_start.py",
+    "tests/service/test_start.py::TestImports",
     "tests/service/test_tensor.py",
 ]
 """Of a kind whose service is not tested as a whole: what could depend on its requirements."""

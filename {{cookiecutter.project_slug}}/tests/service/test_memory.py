@@ -34,7 +34,7 @@ class TestMemory:
         store = MemoryStore(most)
         tracemalloc.start()
         try:
-            for number in range(3 * most // size):
+            for number in range(3 * most // (size + ENTRY_OVERHEAD_BYTES)):
                 store.put({number.to_bytes(32): b"%*d" % (size, number)})
             taken = tracemalloc.get_traced_memory()[0]
         finally:
