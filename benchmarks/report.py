@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.contestants import contestants
 from benchmarks.plot import Bar, Panel, draw
-from benchmarks.sections import BATCHED, KNOWN, MANY, OURS, POLICIES
+from benchmarks.sections import BATCHED, MANY, OURS, POLICIES
 from benchmarks.workloads import WORKLOADS
 
 BARE, TUTORIAL = "bare_asgi", "tutorial_fastapi"
@@ -181,6 +181,10 @@ CACHE_TARGETS = [
      ("per_s", "w1", 32, ("memory", "0%"), ("off", "0%"))),
     ("W1, 32 connections, none in Redis, to no cache: throughput", 0.75, True,
      ("per_s", "w1", 32, ("redis", "0%"), ("off", "0%"))),
+    ("W1, 32 connections, 16 rows a request, none in memory, to no cache: throughput", 0.92, True,
+     ("per_s", "w1", 32, ("memory", "0%, 16 rows"), ("off", "0%, 16 rows"))),
+    ("W1, 32 connections, 16 rows a request, none in Redis, to no cache: throughput", 0.75, True,
+     ("per_s", "w1", 32, ("redis", "0%, 16 rows"), ("off", "0%, 16 rows"))),
     ("W2, 1 connection, all in Redis, to none: throughput", 10, True,
      ("per_s", "w2", 1, ("redis", "100%"), ("redis", "0%"))),
 ]  # fmt: skip
@@ -393,27 +397,28 @@ def _growth(figures: Figures) -> str:
 
 def _cache(figures: Figures) -> str:
     parts = ["## The response cache\n", CACHE]
-    known = [f"known {share:.0%}" for share in KNOWN]
 
     def median_of(what: str, workload: str, connections: int, tier: str, point: str) -> Number:
         asked = {"workload": workload, "connections": connections, "tier": tier, "point": point}
         return figures.median("cache", what, **asked)
 
     for workload in figures.values("cache", "workload"):
+        loads = figures.all("cache", workload=workload)
+        points = list(dict.fromkeys(entry["point"] for entry in loads))
         for connections in (1, MANY):
             rows = [
                 [tier]
                 + [
                     number(median_of(what, workload, connections, tier, point))
                     for what in ("per_s", "p50_ms")
-                    for point in known
+                    for point in points
                 ]
                 for tier in figures.values("cache", "tier")
             ]
-            head = ["", *(f"req/s, {point}" for point in known)]
+            head = ["", *(f"req/s, {point}" for point in points)]
             parts += [
                 f"{workload.upper()}, {connections} connection{'s' * (connections > 1)}:\n",
-                table([*head, *(f"p50 ms, {point}" for point in known)], rows),
+                table([*head, *(f"p50 ms, {point}" for point in points)], rows),
             ]
 
     def to(
@@ -423,9 +428,9 @@ def _cache(figures: Figures) -> str:
         mine, theirs = (
             {
                 (entry["round"], entry.get("turn")): entry[what]
-                for entry in figures.all("cache", tier=tier, point=f"known {share}", **asked)
+                for entry in figures.all("cache", tier=tier, point=f"known {point}", **asked)
             }
-            for tier, share in (ours, other)
+            for tier, point in (ours, other)
         )
         ratios = [mine[turn] / theirs[turn] for turn in mine if theirs.get(turn)]
         return median(ratios) if ratios else None

@@ -68,13 +68,17 @@ STEADY = 0.9
 KNOWN = [0.0, 0.5, 1.0]
 """Shares of requests that were sent before, in the section on the cache."""
 
+ROWS = 16
+"""Of a request with many, there."""
+
 LEAD_IN_S = 0.5
 """For so long many connections go on before each slice. A trivial model's cache is asked for as
 many rows in vain as it may be at once (`VAIN_ROWS` of the service), and while the others were asked
 more have been allowed."""
 
 FRESH_PER_S = {"w1": 25_000, "w2": 6_000}
-"""More than are answered in a second, as none may come twice."""
+FRESH_BATCHES_PER_S = 6_000
+"""More requests than are answered in a second, as none may come twice; with ROWS rows, of w1."""
 
 TIERS: dict[str, Environment] = {
     "off": {"CACHE_ENABLED": "false"},
@@ -519,10 +523,13 @@ def cache(bench: Bench) -> list[Measurement]:
     with redis_server(bench.cores.load) as redis:
         for workload in [name for name in ("w1", "w2") if name in bench.workloads]:
             known = exchanges_of(bench.contestants[OURS], bench.workloads[workload])
-            seconds = 2 * bench.seconds + CACHE_SLICES * LEAD_IN_S
+            seconds = _cache_seconds(bench)
             count = int(FRESH_PER_S[workload] * seconds)
             fresh = exchanges_of(bench.contestants[OURS], make_fresh(workload, MODELS, count))
-            feeds = {share: mixed(known, fresh, share) for share in KNOWN}
+            feeds = {f"known {share:.0%}": mixed(known, fresh, share) for share in KNOWN}
+            if workload == "w1":
+                rows = make_fresh("w1", MODELS, int(FRESH_BATCHES_PER_S * seconds) * ROWS)
+                feeds[f"known 0%, {ROWS} rows"] = batch_exchanges(rows, ROWS)
             for number in range(1, bench.rounds + 1):
                 about = {"round": number, "workload": workload}
                 found += _caches_side_by_side(bench, about, redis.url, feeds)
@@ -531,37 +538,41 @@ def cache(bench: Bench) -> list[Measurement]:
 
 
 def _caches_side_by_side(
-    bench: Bench, about: Measurement, redis_url: str, mixtures: Mapping[float, list[Exchange]]
+    bench: Bench, about: Measurement, redis_url: str, mixtures: Mapping[str, list[Exchange]]
 ) -> list[Measurement]:
-    """A round. A service for each tier and each share of what is known, all up at the same time."""
-    workload = about["workload"]
+    """A round. A service for each tier and each of the mixtures, all up at the same time."""
     found: list[Measurement] = []
-    running: dict[tuple[str, float], Running] = {}
-    feeds: dict[tuple[str, float], Iterator[Exchange]] = {}
+    running: dict[tuple[str, str], Running] = {}
+    feeds: dict[tuple[str, str], Iterator[Exchange]] = {}
 
-    def load(key: tuple[str, float], connections: int, seconds: float) -> Loaded:
-        most = int(FRESH_PER_S[workload] * seconds)
+    def load(key: tuple[str, str], connections: int, seconds: float) -> Loaded:
+        most = int(len(mixtures[key[1]]) * seconds / _cache_seconds(bench))
         exchanges = list(itertools.islice(feeds[key], most))
         return running[key].load(connections, seconds=seconds, exchanges=exchanges)
 
     with ExitStack() as stack:
         # What is compared runs one after the other: a machine that is shared changes by the second.
-        for share, tier in itertools.product(KNOWN, TIERS):
-            key = tier, share
+        for (database_number, point), tier in itertools.product(enumerate(mixtures), TIERS):
+            key = tier, point
             # Each in a database of its own, as what is fresh to one is fresh to the others, too.
-            database = f"{redis_url.rstrip('/')}/{KNOWN.index(share)}"
+            database = f"{redis_url.rstrip('/')}/{database_number}"
             environment = TIERS[tier] | ({"REDIS_URL": database} if tier == "redis" else {})
             # It is warmed up with those that are to be known.
-            running[key] = stack.enter_context(bench.serve(OURS, workload, environment))
-            feeds[key] = iter(mixtures[share])
+            running[key] = stack.enter_context(bench.serve(OURS, about["workload"], environment))
+            feeds[key] = iter(mixtures[point])
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
-            for tier, share in rotated(list(running), about["round"] + turn):
-                of = {"turn": turn, "tier": tier, "point": f"known {share:.0%}"}
+            for tier, point in rotated(list(running), about["round"] + turn):
+                of = {"turn": turn, "tier": tier, "point": point}
                 if connections == MANY:
-                    load((tier, share), MANY, LEAD_IN_S)
-                result = load((tier, share), connections, bench.seconds / CACHE_SLICES)
+                    load((tier, point), MANY, LEAD_IN_S)
+                result = load((tier, point), connections, bench.seconds / CACHE_SLICES)
                 found.append(show(about | of | {"connections": connections}, result))
     return found
+
+
+def _cache_seconds(bench: Bench) -> float:
+    """For how long each mixture is sent in a round."""
+    return 2 * bench.seconds + CACHE_SLICES * LEAD_IN_S
 
 
 def mixed(known: list[Exchange], fresh: list[Exchange], share: float) -> list[Exchange]:
