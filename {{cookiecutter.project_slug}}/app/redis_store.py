@@ -372,6 +372,8 @@ class RedisStore:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await connection.on_connect()
+                await connection.send_packed_command(packed(b"HELLO"))
+                _check_mode(await connection.read_response())
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -390,6 +392,21 @@ class RedisStore:
             log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
         elif state is State.CLOSED:
             log.info("Redis is in use again", extra={"what": what})
+
+
+def _check_mode(hello: Any) -> None:
+    """
+    Raises:
+        RedisConnectionError: what has answered HELLO so takes no commands for any keys.
+    """
+    # By RESP2 a list, by RESP3 a mapping.
+    said = dict(zip(hello[::2], hello[1::2], strict=True)) if isinstance(hello, list) else hello
+    mode = said.get(b"mode")
+    if mode in (b"cluster", b"sentinel"):
+        raise RedisConnectionError(
+            f"this server's mode is {mode.decode()}; REDIS_URL has to be of one that is alone, "
+            "or of a primary with replicas"
+        )
 
 
 def _first_of(waiting: dict[KeyT, ValueT]) -> dict[KeyT, ValueT]:

@@ -12,6 +12,10 @@ WORTH_A_WAIT_S = 0.001
 MEMORY = 0.8
 """Weight of what was learned before against what was just seen."""
 
+VAIN_MEMORY = 0.5
+"""The same where the model was idle and nobody else came: who is alone after many waits in vain
+until they are forgotten."""
+
 BACKGROUND_MARGIN = 1.3
 """Arrivals up to this multiple of the average rate are no reason to wait for more."""
 
@@ -177,10 +181,12 @@ class LearnedReturns:
     def _learn(self, now: float) -> None:
         self._close_horizons(now)
         shares, before = self._shares[self._kind], 0
+        was_alone = self._kind == "idle" and self._first == self._last
+        memory = VAIN_MEMORY if was_alone else MEMORY
         for index, came in enumerate(self._came_within):
             # No more can come back than were answered.
             seen = min(came, self._size) if self._kind == "answered" else came
-            shares[index] = MEMORY * shares[index] + (1 - MEMORY) * (seen - before) / self._size
+            shares[index] = memory * shares[index] + (1 - memory) * (seen - before) / self._size
             before = seen
 
     def plan(self, now: float, rows: int, room: int, oldest: float) -> tuple[float, float]:

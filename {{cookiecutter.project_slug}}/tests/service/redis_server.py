@@ -33,10 +33,15 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "RedisServer":
-        fixed = {"port": self.port, "bind": "127.0.0.1", "save": "", "dir": self._folder}
+        fixed = {"port": self.port, "bind": "127.0.0.1", "dir": self._folder}
+        if "--sentinel" not in self._options:
+            fixed["save"] = ""
         arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
+        # A sentinel has to have one.
+        configuration = self._folder / f"{self.port}.conf"
+        configuration.touch()
         self._process = subprocess.Popen(
-            [redis_server(), *arguments, *self._options.split()],
+            [redis_server(), str(configuration), *arguments, *self._options.split()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -375,6 +375,25 @@ class TestPasswords:
         assert "swordfish" not in line
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_node_of_a_cluster_is_told_from_a_server_that_is_alone(
+    start: Start, start_redis: StartRedis, protocol: int
+) -> None:
+    server = start_redis("--cluster-enabled yes")
+    service = start(REDIS_URL=f"{server.url}?protocol={protocol}").wait_for("/ready")
+    Caller(service).asks_until(lambda: breaker(service) == State.OPEN)
+    line = service.log_lines("Redis is left alone for a while")[0]
+    assert "this server's mode is cluster; REDIS_URL has to be" in line["why"]
+
+
+def test_a_sentinel_is_told_from_a_server(start: Start, start_redis: StartRedis) -> None:
+    server = start_redis("--sentinel")
+    service = start(REDIS_URL=server.url).wait_for("/ready")
+    Caller(service).asks_until(lambda: breaker(service) == State.OPEN)
+    line = service.log_lines("Redis is left alone for a while")[0]
+    assert "this server's mode is sentinel; REDIS_URL has to be" in line["why"]
+
+
 class Connection:
     """Says what a test wants, in place of redis-py's; a pool of its own, too."""
 
