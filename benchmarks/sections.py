@@ -2,6 +2,7 @@
 
 import http.client
 import itertools
+import json
 import random
 import re
 import socket
@@ -14,7 +15,14 @@ from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, TypeVar
 
-from benchmarks.contestants import Command, Contestant, NotSupportedError, Place, Request
+from benchmarks.contestants import (
+    SERVERS,
+    Command,
+    Contestant,
+    NotSupportedError,
+    Place,
+    Request,
+)
 from benchmarks.environments import BUILD, MODELS
 from benchmarks.load import Exchange, Plan, Result, measure
 from benchmarks.redis_server import flush, redis_server
@@ -581,6 +589,26 @@ def mixed(known: list[Exchange], fresh: list[Exchange], share: float) -> list[Ex
     return [chance.choice(known) if chance.random() < share else new for new in fresh]
 
 
+def parts(bench: Bench) -> list[Measurement]:
+    """What parts of a request's way take in a loop, in our service with W1."""
+    place = bench.places[OURS]
+    command = bench.contestants[OURS].start(place, "w1", free_port())
+    script = str(SERVERS / "template" / "parts.py")
+    found = []
+    for number in range(1, bench.rounds + 1):
+        done = subprocess.run(
+            ["taskset", "--cpu-list", ",".join(map(str, bench.cores.server)), place.python, script],
+            cwd=command.folder,
+            env=command.environment | {"PYTHONPATH": ".", "LOG_LEVEL": "error"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        us = json.loads(done.stdout.splitlines()[-1])
+        found += [{"round": number, "part": part, "us": value} for part, value in us.items()]
+    return found
+
+
 def _has_cuda(python: Path) -> bool:
     code = "import onnxruntime; print(*onnxruntime.get_available_providers())"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
@@ -592,5 +620,6 @@ SECTIONS: dict[str, Callable[[Bench], list[Measurement]]] = {
     "growth": growth,
     "policies": policies,
     "cache": cache,
+    "parts": parts,
     "gpu": gpu,
 }

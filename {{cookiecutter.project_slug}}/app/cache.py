@@ -246,7 +246,10 @@ class ResponseCache:
         """Do what was left out for the same `rows` when they came before."""
         if not passed_by:
             return
-        keys = tuple(map(self.key, rows))
+        try:
+            keys = tuple(map(self.key, rows))
+        except TypeError:
+            return
         if isinstance(passed_by, bytes):
             if not self._memory.get(keys[0]):
                 self._put({keys[0]: self._value(keys[0], passed_by, time())})
@@ -289,7 +292,7 @@ class ResponseCache:
     def lead(self, key: Key, run: Run, rows: int) -> None:
         """The model is asked for so many rows, and others can follow `run` until it is ended; if
         they are passed by, once the same body comes again."""
-        if key is not PASSED_BY:
+        if key:
             run.keys = (key,)
             self._flights.under_way[key] = run
             return

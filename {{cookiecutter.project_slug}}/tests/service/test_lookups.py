@@ -373,6 +373,23 @@ class TestOfATrivialModel:
 
         run(test)
 
+    def test_nor_if_it_is_not_known_what_is_equal_to_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+
+        async def test() -> None:
+            model, cached = Model(), bounded(0)
+            its, one = served(cached, model), next(bodies(is_always_asked=False))
+            name: Any = object()
+            rows = [Features.model_construct(x=1, name=name)]
+            for _ in range(2):
+                answer = await inference.predict(its, rows, terms_of(body=one))
+                assert (answer.cache, answer.outcomes) == ("miss", [Answer(y=2)])
+                await settle()
+
+        run(test)
+
     def test_unless_it_was_refreshed_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
 
