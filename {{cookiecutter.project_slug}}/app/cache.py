@@ -238,12 +238,13 @@ class ResponseCache:
         if not hash(body) % ALWAYS_ASKED:
             return True
         if body in self._passed_by:
-            self._catch_up(self._passed_by[body], rows)
+            self._catch_up(body, rows)
             return True
         return not self._passed_by and self._rows.take(len(rows)) > 0
 
-    def _catch_up(self, passed_by: Run | bytes | None, rows: Sequence[BaseFeatures]) -> None:
+    def _catch_up(self, body: bytes, rows: Sequence[BaseFeatures]) -> None:
         """Do what was left out for the same `rows` when they came before."""
+        passed_by, self._passed_by[body] = self._passed_by[body], None
         if not passed_by:
             return
         try:
@@ -253,7 +254,7 @@ class ResponseCache:
         if isinstance(passed_by, bytes):
             if not self._memory.get(keys[0]):
                 self._put({keys[0]: self._value(keys[0], passed_by, time())})
-        elif not passed_by.keys:
+        else:
             passed_by.keys = keys
             for key in keys:
                 self._flights.under_way.setdefault(key, passed_by)
@@ -273,7 +274,10 @@ class ResponseCache:
         Args:
             body: None: the model takes much longer than what is done here.
         """
-        if body is not None and not refresh and not self.admits(body, rows):
+        if refresh:
+            # What was said before must not be kept in place of what is said now.
+            self._passed_by = dict.fromkeys(self._passed_by)
+        elif body is not None and not self.admits(body, rows):
             return PASSED_BY
         if len(rows) != 1 or self._lock_s:
             return None
@@ -298,7 +302,10 @@ class ResponseCache:
             return
         if not self._passed_by:
             self._loop.call_later(REFILL_S, self._count_passed_by, context=Context())
-        self._passed_by[run.body] = run if self.bodies else None
+        if len(run.body) > MAX_BODY_BYTES:
+            # It is not to be held for longer than it is counted.
+            run.body = b""
+        self._passed_by[run.body] = run if run.body and self.bodies else None
         self._rows_passed_by += rows
 
     async def answer(
@@ -383,10 +390,10 @@ class ResponseCache:
         return content
 
     def _end_passed_by(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
-        if run.body not in self._passed_by:
+        if self._passed_by.get(run.body) is not run:
             return None
         # The answer needs the JSON anyway.
-        content = self._content(outcomes[0]) if self.bodies and len(outcomes) == 1 else None
+        content = self._content(outcomes[0]) if len(outcomes) == 1 else None
         self._passed_by[run.body] = content
         return content
 

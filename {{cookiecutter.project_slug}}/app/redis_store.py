@@ -19,7 +19,7 @@ import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError
+from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.maint_notifications import MaintNotificationsConfig
@@ -373,7 +373,8 @@ class RedisStore:
             async with asyncio.timeout(self._timeout_s):
                 await connection.on_connect()
                 await connection.send_packed_command(packed(b"HELLO"))
-                _check_mode(await connection.read_response())
+                with suppress(ResponseError):
+                    _check_mode(await connection.read_response())
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -397,11 +398,11 @@ class RedisStore:
 def _check_mode(hello: Any) -> None:
     """
     Raises:
-        RedisConnectionError: what has answered HELLO so takes no commands for any keys.
+        RedisConnectionError: by its answer to HELLO, it does not take commands for all keys.
     """
     # By RESP2 a list, by RESP3 a mapping.
-    said = dict(zip(hello[::2], hello[1::2], strict=True)) if isinstance(hello, list) else hello
-    mode = said.get(b"mode")
+    said = dict(zip(hello[::2], hello[1::2], strict=False)) if isinstance(hello, list) else hello
+    mode = said.get(b"mode") if isinstance(said, dict) else None
     if mode in (b"cluster", b"sentinel"):
         raise RedisConnectionError(
             f"this server's mode is {mode.decode()}; REDIS_URL has to be of one that is alone, "

@@ -390,17 +390,41 @@ class TestOfATrivialModel:
 
         run(test)
 
-    def test_unless_it_was_refreshed_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("store", [None, "redis"])
+    @pytest.mark.parametrize("is_under_way", [False, True])
+    def test_unless_it_was_refreshed_meanwhile(
+        self, monkeypatch: pytest.MonkeyPatch, store: str | None, is_under_way: bool
+    ) -> None:
         monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
 
         async def test() -> None:
-            model, cached = Model(), bounded(0)
-            its, one = served(cached, model), next(bodies(is_always_asked=False))
-            await send(its, 1, one)
-            monkeypatch.setattr(model, "say", lambda _: Model.say(model, -1, Answer(y=7)))
-            await send(its, 1, one, use="refresh")
+            shared: Any = Store() if store else None
+            stores = Stores(MemoryStore(0 if store else 99_999), shared)
+            model, cached = Model(), bounded(0, stores=stores)
+            its = served(cached, model, submit=lambda rows, _, outlet, **__: silent(rows, outlet))
+
+            def silent(rows: Any, outlet: Any) -> Any:
+                ticket: Any = model.submit(rows, outlet)
+                ticket.timings = None
+                return ticket
+
+            one = next(bodies(is_always_asked=False))
+            first = asyncio.create_task(send(its, 1, one))
+            await asyncio.sleep(0)
+            if not is_under_way:
+                model.say(0)
+                await first
+            refreshed = asyncio.create_task(send(its, 1, one, use="refresh"))
+            await asyncio.sleep(0)
+            model.say(1, Answer(y=7))
+            await refreshed
             answer = await send(its, 1, one)
+            if is_under_way:
+                model.say(0)
+                await first
+                answer = await send(its, 1, one)
             assert (answer.cache, answer.outcomes) == ("hit", [Answer(y=7)])
+            assert not cached._flights.under_way
 
         run(test)
 

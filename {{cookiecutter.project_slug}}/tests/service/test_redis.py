@@ -386,6 +386,15 @@ def test_a_node_of_a_cluster_is_told_from_a_server_that_is_alone(
     assert "this server's mode is cluster; REDIS_URL has to be" in line["why"]
 
 
+def test_a_server_that_does_not_say_what_it_is_is_used(
+    start: Start, start_redis: StartRedis
+) -> None:
+    server = start_redis("--rename-command HELLO nohello")
+    server.client = redis.Redis(port=server.port, protocol=2)
+    service = start(REDIS_URL=f"{server.url}?protocol=2").wait_for("/ready")
+    Caller(service).asks_until(lambda: is_shared(server))
+
+
 def test_a_sentinel_is_told_from_a_server(start: Start, start_redis: StartRedis) -> None:
     server = start_redis("--sentinel")
     service = start(REDIS_URL=server.url).wait_for("/ready")
