@@ -40,8 +40,8 @@ POLICY = """\
 This template, its learned wait and fixed windows (BATCH_POLICY=window), which have to be chosen;
 all are up at once and asked in turns. In the open loop all are offered the same: a share of what
 the learned wait answered with 32 connections just before. Best of a column in bold. Below, each
-round of the learned wait and of the window with the best median; it is within the noise if its best
-round is no worse than the worst of that one.
+round of the learned wait and of the window with the best median; it is ahead or behind if all of
+its rounds are.
 """
 
 PARTS = """\
@@ -529,10 +529,11 @@ def _to_windows(figures: Figures, what: str, workload: str, point: str) -> list[
     sign = -1 if what == "p99_ms" else 1
     best = max(rounds, key=lambda policy: sign * median(rounds[policy]))
     ours, theirs = ([sign * value for value in each] for each in (learned, rounds[best]))
-    if median(ours) >= median(theirs):
+    verdict = "within the noise"
+    if min(ours) > max(theirs):
         verdict = "ahead"
-    else:
-        verdict = "within the noise" if max(ours) >= min(theirs) else "**behind**"
+    elif max(ours) < min(theirs):
+        verdict = "**behind**"
     shown = [" ".join(number(value) for value in sorted(each)) for each in (learned, rounds[best])]
     return [point, *shown, best, verdict]
 

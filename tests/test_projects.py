@@ -94,6 +94,7 @@ FILES = [
     "app/main.py",
     "app/memory_store.py",
     "app/metrics.py",
+    "app/passed_by.py",
     "app/predictor.py",
     "app/protocol.py",
     "app/publish.py",

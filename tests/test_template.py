@@ -21,7 +21,7 @@ LAYERS = [
     {"inference"},
     {"repository", "discovery"},
     {"cache", "drift"},
-    {"shared_run"},
+    {"shared_run", "passed_by"},
     {"flights"},
     {"batching", "runner", "tensor_parser"},
     {"protocol"},

@@ -25,11 +25,12 @@ from app.jobs import PromptFuture
 from app.known_bodies import MAX_BODY_BYTES, KnownBodies
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
+from app.passed_by import PassedBy
 from app.predictor import BaseFeatures, BasePrediction
 from app.runner import Outcome
 from app.shared_run import Others, SharedRun, Submit
 from app.tickets import Ticket, outcomes_of
-from app.token_bucket import REFILL_S, TokenBucket
+from app.token_bucket import TokenBucket
 
 KEY_BYTES = 32
 """Nobody finds two rows with the same BLAKE2b of 256 bits, not even on purpose."""
@@ -56,18 +57,6 @@ the template)."""
 EARNED_BY_HIT = 16
 """How many more lookups one that finds something pays for: where one in sixteen does, there is no
 bound."""
-
-VAIN_ROWS = 2000
-VAIN_ROWS_PER_S = 50
-ROWS_EARNED_BY_HIT = 160
-"""The same of rows of a model that takes hardly longer than what is done here for them, which is a
-sixth of such a request: to look them up, and to keep their answers. A hit pays for more than
-sixteen, as of the rows that come again few were kept before that began to pay."""
-
-ALWAYS_ASKED = 256
-"""Of one body in so many all is done, whenever it comes to a process. Of some of the requests one
-would see next to none come again, as what came before them was seldom kept; of some of the bodies
-as many as of all."""
 
 PASSED_BY: Key = b""
 """In place of a key, of what the model is asked for as without a cache."""
@@ -168,20 +157,13 @@ class ResponseCache:
         self._lookups = TokenBucket(VAIN_LOOKUPS_PER_S, VAIN_LOOKUPS)
         """In the shared store, that may still be in vain."""
 
-        self._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS)
-        """That may still come in vain."""
-
-        self._passed_by: dict[bytes, Run | bytes | None] = {}
-        """What the model was asked for since that ended, until it is looked at again, by the body:
-        the run, and once that has ended the JSON of the only prediction. None: it is of no use to
-        who sends the same."""
-
-        self._rows_passed_by = 0
-
         self.metrics = metrics
         self.bodies = KnownBodies() if canonical.follows_from_json else None
         """None: it takes more than a body to know what row it holds."""
 
+        self._passed_by = PassedBy(
+            follows_from_json=canonical.follows_from_json, count=metrics.passed_by
+        )
         self._loop = asyncio.get_running_loop()
         self._flights = Flights(self._keep_run)
         self._ended: list[tuple[Run, bytes | None]] = []
@@ -222,7 +204,7 @@ class ResponseCache:
         if not self._is_fresh(age_s):
             return None
         self.metrics.memory_hit()
-        self._rows.give(ROWS_EARNED_BY_HIT)
+        self._passed_by.found()
         return Recalled(value[HEAD.size :], max(0.0, age_s))
 
     def note_body(self, body: bytes, row: BaseFeatures) -> None:
@@ -230,38 +212,21 @@ class ResponseCache:
         if self.bodies and len(body) <= MAX_BODY_BYTES:
             self.bodies.note(body, self.key(row))
 
-    def admits(self, body: bytes, rows: Sequence[BaseFeatures]) -> bool:
-        """Whether `rows`, from `body`, are to be looked up and their answers kept, though the model
-        takes hardly longer than that."""
-        if self._lock_s:
-            return True
-        if not hash(body) % ALWAYS_ASKED:
-            return True
-        if body in self._passed_by:
-            self._catch_up(body, rows)
-            return True
-        return not self._passed_by and self._rows.take(len(rows)) > 0
-
     def _catch_up(self, body: bytes, rows: Sequence[BaseFeatures]) -> None:
-        """Do what was left out for the same `rows` when they came before."""
-        passed_by, self._passed_by[body] = self._passed_by[body], None
-        if not passed_by:
+        """Do what was left out for the same `rows`, if they were passed by lately."""
+        passed_by = self._passed_by.get(body)
+        if not passed_by or (isinstance(passed_by, Run) and passed_by.keys):
             return
         try:
             keys = tuple(map(self.key, rows))
         except TypeError:
             return
-        if isinstance(passed_by, bytes):
-            if not self._memory.get(keys[0]):
-                self._put({keys[0]: self._value(keys[0], passed_by, time())})
-        else:
+        if isinstance(passed_by, Run):
             passed_by.keys = keys
             for key in keys:
                 self._flights.under_way.setdefault(key, passed_by)
-
-    def _count_passed_by(self) -> None:
-        self.metrics.passed_by(self._rows_passed_by)
-        self._passed_by, self._rows_passed_by = {}, 0
+        elif not self._memory.get(keys[0]):
+            self._put({keys[0]: self._value(keys[0], passed_by, time())})
 
     def key_of_new(
         self, rows: Sequence[BaseFeatures], body: bytes | None, *, refresh: bool
@@ -272,13 +237,14 @@ class ResponseCache:
         does all there is to it.
 
         Args:
-            body: None: the model takes much longer than what is done here.
+            body: None: it tells nothing, or the model takes much longer than what is done here.
         """
         if refresh:
-            # What was said before must not be kept in place of what is said now.
-            self._passed_by = dict.fromkeys(self._passed_by)
-        elif body is not None and not self.admits(body, rows):
-            return PASSED_BY
+            self._passed_by.forget()
+        elif body is not None and not self._lock_s:
+            if self._passed_by.takes(body, len(rows)):
+                return PASSED_BY
+            self._catch_up(body, rows)
         if len(rows) != 1 or self._lock_s:
             return None
         try:
@@ -300,13 +266,7 @@ class ResponseCache:
             run.keys = (key,)
             self._flights.under_way[key] = run
             return
-        if not self._passed_by:
-            self._loop.call_later(REFILL_S, self._count_passed_by, context=Context())
-        if len(run.body) > MAX_BODY_BYTES:
-            # It is not to be held for longer than it is counted.
-            run.body = b""
-        self._passed_by[run.body] = run if run.body and self.bodies else None
-        self._rows_passed_by += rows
+        self._passed_by.add(run, rows)
 
     async def answer(
         self,
@@ -358,7 +318,7 @@ class ResponseCache:
             run.is_retry |= is_retry
             said = await self._flights.follow(run, deadline)
             if said:
-                self._rows.give(ROWS_EARNED_BY_HIT)
+                self._passed_by.found()
                 return [said[key]], None, None
             is_retry = True
 
@@ -374,7 +334,10 @@ class ResponseCache:
             return None
         ticket.withdraw()
         if not run.keys:
-            return self._end_passed_by(run, outcomes)
+            # The answer needs the JSON anyway.
+            content = self._content(outcomes[0]) if len(outcomes) == 1 else None
+            self._passed_by.end(run, content)
+            return content
         if not outcomes:
             self._flights.end(run)
             return None
@@ -387,14 +350,6 @@ class ResponseCache:
         if not self._ended:
             self._loop.call_soon(self._keep_all, context=Context())
         self._ended.append((run, content))
-        return content
-
-    def _end_passed_by(self, run: Run, outcomes: Sequence[Outcome]) -> bytes | None:
-        if self._passed_by.get(run.body) is not run:
-            return None
-        # The answer needs the JSON anyway.
-        content = self._content(outcomes[0]) if len(outcomes) == 1 else None
-        self._passed_by[run.body] = content
         return content
 
     async def _answer_many(
@@ -442,7 +397,9 @@ class ResponseCache:
                     said |= dict(zip(to_lead, outcomes, strict=True))
                 # An error knows this frame by its traceback; the frame must not know the error.
                 for number in range(len(joined)):
-                    said |= await joined[number][1]
+                    if others_said := await joined[number][1]:
+                        self._passed_by.found()
+                        said |= others_said
             finally:
                 while joined:
                     flights.part(*joined.pop())
@@ -502,7 +459,7 @@ class ResponseCache:
             return None
         if known := self._read(value):
             self.metrics.memory_hit()
-            self._rows.give(ROWS_EARNED_BY_HIT)
+            self._passed_by.found()
         else:
             self._memory.discard(key)
         return known
@@ -539,7 +496,7 @@ class ResponseCache:
             self.metrics.show_bytes(self._memory.bytes_held)
             self.metrics.redis_hits.inc()
             self._lookups.give(EARNED_BY_HIT)
-            self._rows.give(ROWS_EARNED_BY_HIT)
+            self._passed_by.found()
         else:
             shared.discard(self._name(key))
         return known

@@ -28,7 +28,7 @@ class Run:
     """What the model was asked for, and has not answered yet."""
 
     keys: tuple[Key, ...]
-    """None: it cannot be followed."""
+    """Of its rows. None of them: it cannot be followed, or not yet."""
 
     leader: asyncio.Future[Sequence[Outcome]]
     """What the first who asked waits for."""
@@ -38,7 +38,7 @@ class Run:
 
     ticket: Ticket[Outcome]
     body: bytes = b""
-    """What the rows were read from, if there are no keys."""
+    """What the rows were read from, if the cache may go by it."""
 
     is_retry: bool = False
     """Whether who leads, or somebody who follows, has followed another in vain."""
@@ -53,7 +53,7 @@ class Flights:
 
     def __init__(self, keep: Callable[[Run, Sequence[Outcome]], None]) -> None:
         self.under_way: dict[Key, Run] = {}
-        """By the keys of their rows; of two for the same row the later one."""
+        """By the keys of their rows; of two for the same row mostly the later one."""
 
         self._keep = keep
         self._loop = asyncio.get_running_loop()

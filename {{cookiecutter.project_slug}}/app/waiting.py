@@ -12,9 +12,9 @@ WORTH_A_WAIT_S = 0.001
 MEMORY = 0.8
 """Weight of what was learned before against what was just seen."""
 
-VAIN_MEMORY = 0.5
-"""The same where the model was idle and nobody else came: who is alone after many waits in vain
-until they are forgotten."""
+VAIN_MEMORY = 0.4
+"""The same where the model was idle and nobody else came within the horizons, twice in a row: who
+is alone after many waits in vain until they are forgotten."""
 
 BACKGROUND_MARGIN = 1.3
 """Arrivals up to this multiple of the average rate are no reason to wait for more."""
@@ -128,6 +128,10 @@ class LearnedReturns:
         self._since = 0.0
         self._size = 1
         self._came = 0
+        self._came_first = 0
+        self._in_vain = 0
+        """Moments of an idle model in a row in which nobody came but the first."""
+
         self._first = self._last = 0.0
         self._came_within: list[int] = []
         """Rows that came within each horizon that is over."""
@@ -145,7 +149,7 @@ class LearnedReturns:
         if now > self._closes_at:
             self._close_horizons(now)
         if not self._came:
-            self._first = now
+            self._first, self._came_first = now, rows
         self._last = now
         self._came += rows
         self._rate_rows += rows
@@ -181,8 +185,11 @@ class LearnedReturns:
     def _learn(self, now: float) -> None:
         self._close_horizons(now)
         shares, before = self._shares[self._kind], 0
-        was_alone = self._kind == "idle" and self._first == self._last
-        memory = VAIN_MEMORY if was_alone else MEMORY
+        if self._kind == "idle" and self._came_within:
+            is_vain = self._came_within[-1] <= self._came_first
+            self._in_vain = self._in_vain + 1 if is_vain else 0
+        is_over = self._kind == "idle" and self._in_vain > 1
+        memory = VAIN_MEMORY if is_over else MEMORY
         for index, came in enumerate(self._came_within):
             # No more can come back than were answered.
             seen = min(came, self._size) if self._kind == "answered" else came

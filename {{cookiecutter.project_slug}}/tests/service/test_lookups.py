@@ -15,20 +15,24 @@ from pydantic import Field
 
 from app import inference
 from app.cache import (
-    ALWAYS_ASKED,
     EARNED_BY_HIT,
     PASSED_BY,
-    ROWS_EARNED_BY_HIT,
-    VAIN_ROWS,
-    VAIN_ROWS_PER_S,
     ResponseCache,
     Stores,
     Times,
 )
 from app.errors import PredictionFailed
 from app.flights import Run
+from app.known_bodies import MAX_BODY_BYTES
 from app.memory_store import MemoryStore
 from app.metrics import CacheMetrics
+from app.passed_by import (
+    ALWAYS_ASKED,
+    ROWS_EARNED_BY_HIT,
+    VAIN_ROWS,
+    VAIN_ROWS_PER_S,
+    PassedBy,
+)
 from app.predictor import ItemError
 from app.redis_store import _write_one, packed
 from app.repository import TRIVIAL_BELOW_S, ModelRepository
@@ -266,7 +270,7 @@ def test_where_processes_share_runs_all_is_looked_up() -> None:
 def bounded(rows: int, **changes: Any) -> ResponseCache:
     """A cache that so many rows may come to in vain for ever."""
     cached = cache(metrics=CacheMetrics("bounded", "1"), **changes)
-    cached._rows = TokenBucket(0, rows, clock=lambda: 0.0)
+    cached._passed_by._bucket = TokenBucket(0, rows, clock=lambda: 0.0)
     return cached
 
 
@@ -286,6 +290,17 @@ def is_kept(cached: ResponseCache, x: float) -> bool:
     return cached._memory.get(cached.key(Features(x=x))) is not None
 
 
+def silent(model: Model) -> Any:
+    """Asks `model`, which answers when the test says so."""
+
+    def submit(rows: Any, _: float, outlet: Any, **__: Any) -> Any:
+        ticket: Any = model.submit(rows, outlet)
+        ticket.timings = None
+        return ticket
+
+    return submit
+
+
 class TestOfATrivialModel:
     def test_too_many_rows_in_vain_are_as_without_a_cache(self) -> None:
         async def test() -> None:
@@ -295,9 +310,9 @@ class TestOfATrivialModel:
             for x, body in zip(range(5), bodies(is_always_asked=False), strict=False):
                 answer = await send(its, x, body)
                 assert (answer.cache, *answer.outcomes) == ("miss", Answer(y=2 * x))
-            while cached._passed_by:  # noqa: ASYNC110 - the cache tells nobody
+            while cached._passed_by._is_due:  # noqa: ASYNC110 - the cache tells nobody
                 await asyncio.sleep(0.01)
-            cached._rows.give(1)
+            cached._passed_by._bucket.give(1)
             await send(its, 5, next(bodies(is_always_asked=False)))
             after = [counted(cached, name) for name in ("misses", "passed_by")]
             assert [a - b for a, b in zip(after, before, strict=True)] == [6, 2]
@@ -325,7 +340,7 @@ class TestOfATrivialModel:
         self, monkeypatch: pytest.MonkeyPatch, xs: list[float], leaves: bool
     ) -> None:
         # All that comes, comes before it is looked at again.
-        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+        monkeypatch.setattr("app.passed_by.REFILL_S", WAIT_S)
 
         async def test() -> None:
             model, cached = Model(), bounded(0)
@@ -347,11 +362,62 @@ class TestOfATrivialModel:
 
         run(test)
 
+    def test_also_if_the_run_takes_longer_than_others_are_remembered(self) -> None:
+        async def test() -> None:
+            model, cached = Model(), bounded(0)
+            its = served(cached, model, submit=silent(model))
+            one, other = itertools.islice(bodies(is_always_asked=False), 2)
+            asking = []
+            for _ in range(3):
+                asking.append(asyncio.create_task(send(its, 1, one)))
+                await asyncio.sleep(0)
+                cached._passed_by._renew()
+            later = asyncio.create_task(send(its, 2, other))
+            await asyncio.sleep(0)
+            assert model.asked == [[1], [2]]
+            model.say(0)
+            model.say(1)
+            for answer in await asyncio.gather(*asking):
+                assert answer.outcomes == [Answer(y=2)]
+            await later
+            cached._passed_by._renew()
+            assert not cached._passed_by._lately
+            assert not cached._flights.under_way
+
+        run(test)
+
+    def test_large_bodies_are_counted_and_not_held(self) -> None:
+        async def test() -> None:
+            cached = bounded(0)
+            its, before = served(cached, Model()), counted(cached, "passed_by")
+            large = (b"%*d" % (MAX_BODY_BYTES + 1, number) for number in itertools.count())
+            await send(its, 1, next(body for body in large if hash(body) % ALWAYS_ASKED))
+            assert not cached._passed_by._lately
+            cached._passed_by._renew()
+            assert counted(cached, "passed_by") == before + 1
+
+        run(test)
+
+    def test_the_end_of_one_run_is_not_that_of_another(self) -> None:
+        async def test() -> None:
+            passed_by = PassedBy(follows_from_json=True, count=lambda _: None)
+            outlets = [asyncio.get_running_loop().create_future() for _ in range(2)]
+            ticket: Any = None
+            first, second = (Run((), outlet, 0, ticket, b"1") for outlet in outlets)
+            passed_by.add(first, 1)
+            passed_by.add(second, 1)
+            passed_by.end(first, b"{}")
+            assert passed_by.get(b"1") is second
+            passed_by.end(second, b"{}")
+            assert [passed_by.get(b"1") for _ in range(2)] == [b"{}", None]
+
+        run(test)
+
     @pytest.mark.parametrize("fate", ["said", "failed", "invalid", "left", "with another"])
     def test_what_was_passed_by_and_has_its_answer_is_known_to_who_sends_the_same(
         self, monkeypatch: pytest.MonkeyPatch, fate: str
     ) -> None:
-        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+        monkeypatch.setattr("app.passed_by.REFILL_S", WAIT_S)
 
         async def test() -> None:
             model, cached = Model(), bounded(0)
@@ -376,7 +442,7 @@ class TestOfATrivialModel:
     def test_nor_if_it_is_not_known_what_is_equal_to_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+        monkeypatch.setattr("app.passed_by.REFILL_S", WAIT_S)
 
         async def test() -> None:
             model, cached = Model(), bounded(0)
@@ -395,19 +461,13 @@ class TestOfATrivialModel:
     def test_unless_it_was_refreshed_meanwhile(
         self, monkeypatch: pytest.MonkeyPatch, store: str | None, is_under_way: bool
     ) -> None:
-        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+        monkeypatch.setattr("app.passed_by.REFILL_S", WAIT_S)
 
         async def test() -> None:
             shared: Any = Store() if store else None
             stores = Stores(MemoryStore(0 if store else 99_999), shared)
             model, cached = Model(), bounded(0, stores=stores)
-            its = served(cached, model, submit=lambda rows, _, outlet, **__: silent(rows, outlet))
-
-            def silent(rows: Any, outlet: Any) -> Any:
-                ticket: Any = model.submit(rows, outlet)
-                ticket.timings = None
-                return ticket
-
+            its = served(cached, model, submit=silent(model))
             one = next(bodies(is_always_asked=False))
             first = asyncio.create_task(send(its, 1, one))
             await asyncio.sleep(0)
@@ -431,7 +491,7 @@ class TestOfATrivialModel:
     def test_unless_more_than_the_body_tells_what_row_it_holds(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.cache.REFILL_S", WAIT_S)
+        monkeypatch.setattr("app.passed_by.REFILL_S", WAIT_S)
         chance = itertools.count()
 
         class Varying(Features):
@@ -457,21 +517,26 @@ class TestOfATrivialModel:
                 rows = [Features(x=x), Features(x=x + 1)]
                 await inference.predict(its, rows, terms_of(body=next(sent)))
             await settle()
-            cached._count_passed_by()
+            cached._passed_by._renew()
             after = [counted(cached, name) for name in ("misses", "passed_by")]
             assert [a - b for a, b in zip(after, before, strict=True)] == [6, 2]
             assert [is_kept(cached, x) for x in range(6)] == [True] * 4 + [False] * 2
 
         run(test)
 
-    def test_one_known_row_of_many_pays_for_others(self) -> None:
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_one_row_of_many_pays_for_others(self, is_known: bool) -> None:
         async def test() -> None:
             cached = bounded(2 * ROWS_EARNED_BY_HIT)
             its = served(cached, Model())
-            await send(its, 1)
-            cached._rows.take(2 * ROWS_EARNED_BY_HIT)
-            await inference.predict(its, [Features(x=1), Features(x=2)], terms_of())
-            assert cached._rows.take(2 * ROWS_EARNED_BY_HIT) == ROWS_EARNED_BY_HIT
+            first = send(its, 1)
+            if is_known:
+                await first
+            cached._passed_by._bucket.take(2 * ROWS_EARNED_BY_HIT)
+            many = inference.predict(its, [Features(x=1), Features(x=2)], terms_of())
+            # Otherwise it is followed.
+            await (many if is_known else asyncio.gather(first, many))
+            assert cached._passed_by._bucket.take(2 * ROWS_EARNED_BY_HIT) == ROWS_EARNED_BY_HIT
 
         run(test)
 
@@ -481,7 +546,8 @@ class TestOfATrivialModel:
             await send(its, 1, next(bodies(is_always_asked=False)))
             assert is_kept(its.cache, 1)
             locked = bounded(0, stores=Stores(MemoryStore(0), Store()), times=Times(60, 1))  # type: ignore[arg-type]
-            assert locked.admits(next(bodies(is_always_asked=False)), [Features(x=1)])
+            one = next(bodies(is_always_asked=False))
+            assert locked.key_of_new([Features(x=1)], one, refresh=False) is None
 
         run(test)
 
@@ -489,7 +555,7 @@ class TestOfATrivialModel:
         async def test() -> None:
             its = served(bounded(1), Model())
             await send(its, 1, next(bodies(is_always_asked=False)), use="none")
-            assert its.cache._rows.take(1)
+            assert its.cache._passed_by._bucket.take(1)
 
         run(test)
 
@@ -504,14 +570,14 @@ class TestOfATrivialModel:
             its = served(cached, Model())
             if how in ("again", "by its body"):
                 await send(its, 1)
-            cached._rows.take(2 * ROWS_EARNED_BY_HIT)
+            cached._passed_by._bucket.take(2 * ROWS_EARNED_BY_HIT)
             if how == "by its body":
                 assert cached.recall(cached.key(Features(x=1)))
             elif how == "followed":
                 await asyncio.gather(send(its, 1), send(its, 1))
             else:
                 assert (await send(its, 1)).cache == "hit"
-            assert cached._rows.take(2 * ROWS_EARNED_BY_HIT) == ROWS_EARNED_BY_HIT
+            assert cached._passed_by._bucket.take(2 * ROWS_EARNED_BY_HIT) == ROWS_EARNED_BY_HIT
 
         run(test)
 
@@ -527,24 +593,24 @@ class TestOfATrivialModel:
         async def test() -> None:
             nonlocal now
             cached = bounded(0)
-            cached._rows = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS, clock=lambda: now)
-            cached._rows.take(VAIN_ROWS)
+            cached._passed_by._bucket = TokenBucket(VAIN_ROWS_PER_S, VAIN_ROWS, clock=lambda: now)
+            cached._passed_by._bucket.take(VAIN_ROWS)
             chance, kept = random.Random(1), set()
-            rows: Any = [Features(x=1)]
             future: Any = asyncio.get_running_loop().create_future()
+            future.set_result([])
             ticket: Any = None
             sent: list[bytes] = []
             late = {"asked": 0, "found": 0}
             for number in range(40 * per_s):
                 now += 1 / per_s
                 if number % (per_s // 10) == 0:
-                    cached._count_passed_by()
+                    cached._passed_by._renew()
                 is_again = number > apart and chance.random() < again
                 body = sent[number - apart] if is_again else b"row %d" % number
                 sent.append(body)
-                if cached.admits(body, rows):
+                if not cached._passed_by.takes(body, 1):
                     is_found = body in kept
-                    cached._rows.give(ROWS_EARNED_BY_HIT * is_found)
+                    cached._passed_by._bucket.give(ROWS_EARNED_BY_HIT * is_found)
                     kept.add(body)
                     if number >= 30 * per_s:
                         late["asked"] += 1

@@ -139,6 +139,32 @@ class TestWaiting:
         assert 0.0003 < waits[0] == max(waits) < 0.001
         assert not any(waits[6:])
 
+    def test_now_and_then_alone_is_no_reason_not_to_wait(self) -> None:
+        policy, chance, waits = LearnedReturns(32, BatchCost()), random.Random(3), 0
+        for second in range(400):
+            policy.cost.ran(8, 0.01)
+            policy.found_idle(second)
+            policy.arrived(second, 1)
+            waits += policy.plan(second, 1, 31, second)[0] > second
+            if chance.random() < 0.75:
+                policy.arrived(second + 0.0005, 1)
+            policy.answered(second + 0.03, 1)
+        assert waits > 0.7 * 400
+
+    def test_who_comes_after_the_horizons_is_no_reason_to_wait(self) -> None:
+        policy = LearnedReturns(32, BatchCost())
+        waits = 0
+        for second in range(80):
+            policy.cost.ran(32, 0.1)
+            policy.found_idle(second)
+            for came in range(32 if second < 50 else 1):
+                policy.arrived(second + 0.00001 * came, 1)
+            if second >= 50:
+                waits += policy.plan(second, 1, 31, second)[0] > second
+                policy.arrived(second + 0.05, 1)
+            policy.answered(second + 0.1, 32)
+        assert 0 < waits <= 6
+
     def test_the_plan_is_made_anew_when_there_are_enough_rows(self) -> None:
         asked = []
 
