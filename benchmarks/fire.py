@@ -12,7 +12,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
@@ -40,7 +40,7 @@ PROBE_PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class Target:
-    """A contestant that serves the forest of w2, which raises where f0 is POISON."""
+    """A contestant with a model, mostly the forest of w2, which raises where f0 is POISON."""
 
     name: str
     contestant: Contestant
@@ -56,6 +56,12 @@ class Target:
         log = BUILD / "logs" / f"fire-{self.name}.log"
         with Server(command, self.contestant.ready_path, port, log, CORES.server) as server:
             yield server
+
+    def with_load(self, name: str) -> "Target":
+        """The same server with the model of another workload."""
+        workload = make_workload(name, MODELS)
+        exchanges = exchanges_of(self.contestant, workload)
+        return replace(self, workload=workload, exchanges=exchanges)
 
     def bad(self, **fields: Any) -> bytes:
         """The first good request with other fields; None leaves one out."""
@@ -288,14 +294,20 @@ def probe(server: Server, contestant: Contestant, load: LoadProcess) -> str:
 
 # 4. As much as it can answer.
 
+FULL_LOADS = {"fire": "W2", "w1": "W1", "w3": "W3"}
+
 
 def full_load(target: Target, scale: float) -> list[Row]:
+    return [_full_load(target.with_load(name), title, scale) for name, title in FULL_LOADS.items()]
+
+
+def _full_load(target: Target, title: str, scale: float) -> Row:
     with target.serve() as server:
         measure(Plan(server.port, target.exchanges, 1, 32, cpus=CORES.load))
-        load = LoadProcess(Plan(server.port, target.exchanges, 20 * scale, 32, cpus=CORES.load))
+        load = LoadProcess(Plan(server.port, target.exchanges, 10 * scale, 32, cpus=CORES.load))
         probes, result = probed(server, target.contestant, load)
     figures = [number(result.per_s), number(result.p99_ms), probes]
-    return [[target.contestant.title, *figures]]
+    return [f"{target.contestant.title}, {title}", *figures]
 
 
 # 5. SIGTERM while requests come.
@@ -305,11 +317,17 @@ TERM_AFTER_S = 2
 
 
 def stop_under_load(target: Target, scale: float) -> list[Row]:
-    answered = lost = sent = 0
+    workers = [1, 2] if target.name == OURS else [1]
+    return [_stop_under_load(target, scale, count) for count in workers]
+
+
+def _stop_under_load(target: Target, scale: float, workers: int) -> Row:
+    environment = {"WEB_CONCURRENCY": str(workers)} if workers > 1 else {}
+    answered = lost = sent = left_over = 0
     seconds = []
     faults: Counter[str] = Counter()
     for _ in range(STOPS if scale == 1 else 1):
-        with target.serve() as server:
+        with target.serve(**environment) as server:
             plan = Plan(server.port, target.exchanges, 30, NEIGHBOURS, cpus=CORES.load)
             load = LoadProcess(plan)
             try:
@@ -322,17 +340,17 @@ def stop_under_load(target: Target, scale: float) -> list[Row]:
         sent += result.sent
         answered += result.statuses.pop("200", 0)
         lost += result.lost
+        left_over += server.left_over
         faults.update(result.statuses)
     others = ", ".join(f"{code}: {count}" for code, count in faults.items())
     return [
-        [
-            target.contestant.title,
-            f"{len(seconds)}",
-            f"{sent}",
-            f"{answered}",
-            f"{lost}" + (f", and {others}" if others else ""),
-            ", ".join(f"{value:.1f}" for value in seconds),
-        ]
+        target.contestant.title + (f", {workers} workers" if workers > 1 else ""),
+        f"{len(seconds)}",
+        f"{sent}",
+        f"{answered}",
+        f"{lost}" + (f", and {others}" if others else ""),
+        ", ".join(f"{value:.1f}" for value in seconds),
+        f"{left_over}",
     ]
 
 
@@ -436,15 +454,17 @@ TRIALS = {
     "full": Trial(
         "As much as it can answer",
         "32 connections, each with its next request as soon as it has its answer. The probe asks "
-        "ten times a second whether the process lives.",
+        "ten times a second whether the process lives. The models are those of report.md; a small "
+        "one may be run in the event loop.",
         ["", "req/s", "p99 of answers ms", "probe p99 ms"],
         full_load,
     ),
     "stop": Trial(
         "SIGTERM under load",
         f"{NEIGHBOURS} connections, each with its next request as soon as it has its answer, and "
-        "with a new connection where the server closes one.",
-        ["", "stops", "sent", "answered", "lost", "seconds to exit"],
+        "with a new connection where the server closes one. Processes that are left when the one "
+        "that got the signal has ended would be orphans.",
+        ["", "stops", "sent", "answered", "lost", "seconds to exit", "processes left"],
         stop_under_load,
     ),
     "storm": Trial(
@@ -514,7 +534,8 @@ def as_markdown(results: dict[str, list[Row]], commit_id: str, participants: Seq
     day = datetime.now(UTC).date()
     about = (
         f"Written by `python -m benchmarks.fire` on {day}, commit {commit_id}. The model is the "
-        f"random forest of W2; the server has one core. {in_words(participants)}.\n"
+        "random forest of W2, where nothing else is said; the server has one core. "
+        f"{in_words(participants)}.\n"
     )
     parts = ["# Behaviour under fire\n", about]
     for name, trial in TRIALS.items():

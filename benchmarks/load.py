@@ -1,5 +1,8 @@
 """The load generator: a process of its own that sends prepared requests and times the answers.
 
+It asks one server, or several by turns of a fraction of a second: a machine that others use as well
+is as slow for one of them then as for the next.
+
 Standard library only, so that it starts at once. One thread, epoll on non-blocking sockets, whole
 requests prepared as bytes; of an answer it reads status and Content-Length, and keeps a sample
 whose scores it compares when the clock has stopped.
@@ -83,20 +86,22 @@ class Plan:
     """Whether it has its CPU to itself, and may wait there for the next request to be due.
     If not, open-loop requests are sent up to 1 ms late, which counts as latency."""
 
-    def to_json(self) -> str:
+    turns: int = 1
+    """Into which its time is cut. In each, all that was sent is waited for."""
+
+    def to_dict(self) -> dict[str, Any]:
         plan = asdict(self)
         for exchange in plan["exchanges"]:
             exchange["request"] = base64.b64encode(exchange["request"]).decode()
-        return json.dumps(plan)
+        return plan
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        plan = json.loads(text)
-        plan["exchanges"] = [
+    def from_dict(cls, plan: dict[str, Any]) -> Self:
+        exchanges = [
             Exchange(base64.b64decode(exchange["request"]), exchange["scores"])
             for exchange in plan["exchanges"]
         ]
-        return cls(**plan)
+        return cls(**plan | {"exchanges": exchanges})
 
 
 @dataclass
@@ -107,6 +112,9 @@ class Result:
     sent: int
     per_s: float
     """Answers with status 200 a second, in the time planned."""
+
+    turns_per_s: list[float]
+    """The same in each turn."""
 
     p50_ms: float | None
     p95_ms: float | None
@@ -129,7 +137,8 @@ class Result:
     refusals_p99_ms: float | None
     refusals_without_retry_after: int
     busy: float
-    """The part of the time for which the load generator had its CPU; in an open loop it spins."""
+    """The part of the time for which the load generator had its CPU; in an open loop it spins. Of
+    all that were asked by turns."""
 
     @property
     def is_clean(self) -> bool:
@@ -149,8 +158,14 @@ class Connection:
 
 @dataclass
 class _Tally:
+    due: int = 0
+    """In an open loop."""
+
     sent: int = 0
     in_time: int = 0
+    turns: list[int] = field(default_factory=list)
+    """`in_time` of each."""
+
     lost: int = 0
     refused_connections: int = 0
     latencies: list[float] = field(default_factory=list)
@@ -162,7 +177,7 @@ class _Tally:
 
 
 class Load:
-    """Carries out one plan."""
+    """Carries out one plan, a turn at a time."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -172,25 +187,30 @@ class Load:
         self._free: list[Connection] = []
         self._requests = [exchange.request for exchange in plan.exchanges]
         self._next = 0
-        self._schedule: list[float] = []
+        self._arrivals = random.Random(SEED)  # noqa: S311  # The same for every contestant.
         self._end = 0.0
 
-    def run(self) -> Result:
-        gc.disable()
-        cpu_started, started = process_time(), perf_counter()
-        self._end = started + self.plan.seconds
+    def begin(self) -> None:
+        if self.plan.rate is None:
+            self._connect_all()
+
+    def take_turn(self) -> None:
+        before = self.tally.in_time
+        started = perf_counter()
+        self._end = started + self.plan.seconds / self.plan.turns
         if self.plan.rate is None:
             self._run_closed()
         else:
             self._run_open(started, self.plan.rate)
-        stopped = perf_counter()
-        busy = (process_time() - cpu_started) / (stopped - started)
+        self.tally.turns.append(self.tally.in_time - before)
+
+    def end(self, busy: float) -> Result:
         for connection in self._connections.values():
             self.tally.lost += connection.is_busy
             connection.socket.close()
         return self._result(busy)
 
-    def _run_closed(self) -> None:
+    def _connect_all(self) -> None:
         self._end = inf
         for _ in range(self.plan.connections):
             self._send(self._open(), perf_counter())
@@ -198,7 +218,8 @@ class Load:
         # What goes wrong counts from the beginning.
         self.tally.in_time = 0
         self.tally.latencies.clear()
-        self._end = perf_counter() + self.plan.seconds
+
+    def _run_closed(self) -> None:
         patience = self._end + PATIENCE_S
         while self._connections and (now := perf_counter()) < patience:
             if now < self._end:
@@ -214,11 +235,11 @@ class Load:
             self._handle_events(timeout=0.05)
 
     def _run_open(self, started: float, rate: float) -> None:
-        arrivals = random.Random(SEED)  # noqa: S311  # The same arrivals for every contestant.
+        schedule = []
         due = started
-        while (due := due + arrivals.expovariate(rate)) < self._end:
-            self._schedule.append(due)
-        schedule = self._schedule
+        while (due := due + self._arrivals.expovariate(rate)) < self._end:
+            schedule.append(due)
+        self.tally.due += len(schedule)
         first_waiting = 0
         while first_waiting < len(schedule):
             now = perf_counter()
@@ -374,13 +395,14 @@ class Load:
             seconds=plan.seconds,
             sent=tally.sent,
             per_s=tally.in_time / plan.seconds,
+            turns_per_s=[count / plan.seconds * plan.turns for count in tally.turns],
             p50_ms=percentile_ms(latencies, 0.5),
             p95_ms=percentile_ms(latencies, 0.95),
             p99_ms=percentile_ms(latencies, 0.99),
             max_ms=percentile_ms(latencies, 1),
             statuses={status.decode(): count for status, count in tally.statuses.items()},
             lost=tally.lost,
-            unsent=max(0, len(self._schedule) - tally.sent - tally.refused_connections),
+            unsent=max(0, tally.due - tally.sent - tally.refused_connections),
             refused_connections=tally.refused_connections,
             checked=len(tally.samples),
             wrong=len(faults),
@@ -400,10 +422,26 @@ def percentile_ms(ordered_s: Sequence[float], share: float) -> float | None:
     return round(ordered_s[index] * 1000, 4)
 
 
-class LoadProcess:
-    """A load that runs beside whoever started it."""
+def carry_out(plans: Sequence[Plan]) -> list[Result]:
+    """By turns, each time beginning with another."""
+    gc.disable()
+    cpu_started, started = process_time(), perf_counter()
+    loads = [Load(plan) for plan in plans]
+    for load in loads:
+        load.begin()
+    for turn in range(plans[0].turns):
+        first = turn % len(loads)
+        for load in loads[first:] + loads[:first]:
+            load.take_turn()
+    busy = (process_time() - cpu_started) / (perf_counter() - started)
+    return [load.end(busy) for load in loads]
 
-    def __init__(self, plan: Plan) -> None:
+
+class LoadProcess:
+    """A load that runs beside whoever started it: of one server, or of several by turns, whose
+    plans have the same number of them and the same CPUs."""
+
+    def __init__(self, *plans: Plan) -> None:
         self._process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.load"],
             cwd=Path(__file__).parents[1],
@@ -412,16 +450,20 @@ class LoadProcess:
             text=True,
         )
         assert self._process.stdin  # noqa: S101
-        self._process.stdin.write(plan.to_json())
+        json.dump([plan.to_dict() for plan in plans], self._process.stdin)
         self._process.stdin.close()
         self._process.stdin = None
 
-    def result(self) -> Result:
+    def results(self) -> list[Result]:
         output, _ = self._process.communicate()
         if self._process.returncode:
             raise RuntimeError("the load generator failed; its message is above")
-        fields: dict[str, Any] = json.loads(output)
-        return Result(**fields)
+        results: list[dict[str, Any]] = json.loads(output)
+        return [Result(**fields) for fields in results]
+
+    def result(self) -> Result:
+        [result] = self.results()
+        return result
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended within `seconds`."""
@@ -437,19 +479,25 @@ class LoadProcess:
 
 
 def measure(plan: Plan) -> Result:
-    process = LoadProcess(plan)
+    [result] = measure_by_turns([plan])
+    return result
+
+
+def measure_by_turns(plans: Sequence[Plan]) -> list[Result]:
+    """Of each, in their order."""
+    process = LoadProcess(*plans)
     try:
-        return process.result()
+        return process.results()
     except BaseException:
         process.stop()
         raise
 
 
 def main() -> None:
-    plan = Plan.from_json(sys.stdin.read())
-    if plan.cpus:
-        os.sched_setaffinity(0, plan.cpus)
-    json.dump(asdict(Load(plan).run()), sys.stdout)
+    plans = [Plan.from_dict(plan) for plan in json.load(sys.stdin)]
+    if plans[0].cpus:
+        os.sched_setaffinity(0, plans[0].cpus)
+    json.dump([asdict(result) for result in carry_out(plans)], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes report.md from the measurements: medians, ratios, and whether the targets are met."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -38,10 +38,10 @@ of a batch (BATCH_MAX_ROWS); what is there beyond that waits its turn.
 
 POLICY = """\
 This template, its learned wait and fixed windows (BATCH_POLICY=window), which have to be chosen;
-all are up at once and asked in turns. In the open loop all are offered the same: a share of what
-the learned wait answered with 32 connections just before. Best of a column in bold. Below, each
-round of the learned wait and of the window with the best median; it is ahead or behind if all of
-its rounds are.
+all are up at once and asked in turns, of a tenth of a second for W1 and a second for W2. In the
+open loop all are offered the same: a share of what the learned wait answered with 32 connections
+just before. Best of a column in bold. Below, each round of the learned wait and of the window with
+the best median; it is ahead or behind if all of its rounds are.
 """
 
 PARTS = """\
@@ -113,7 +113,8 @@ class Figures:
 CACHE = """This template over one connection and over 32: without the cache, with it in memory, and
 with Redis alone (CACHE_MAX_BYTES=0), which shares the load generator's core. By the part of the
 requests that were sent before; of the others, none comes twice. Of a model that takes hardly longer
-than the cache most of these go to it as without a cache, once it was sent 2,000 of them.
+than the cache most of these go to it as without a cache, once it was sent 2,000 of them. The three
+are asked in turns, of a tenth of a second for W1, and ratios are medians over these turns.
 """
 
 
@@ -436,10 +437,7 @@ def _cache(figures: Figures) -> str:
     ) -> Number:
         asked = {"workload": workload, "connections": connections}
         mine, theirs = (
-            {
-                (entry["round"], entry.get("turn")): entry[what]
-                for entry in figures.all("cache", tier=tier, point=f"known {point}", **asked)
-            }
+            _by_turn(what, figures.all("cache", tier=tier, point=f"known {point}", **asked))
             for tier, point in (ours, other)
         )
         ratios = [mine[turn] / theirs[turn] for turn in mine if theirs.get(turn)]
@@ -459,6 +457,15 @@ def _parts(figures: Figures) -> str:
         for part in figures.values("parts", "part")
     ]
     return "\n".join(["## The parts of a request\n", PARTS, table(["", "us"], rows)])
+
+
+def _by_turn(what: str, entries: Sequence[Mapping[str, Any]]) -> dict[tuple[int, ...], float]:
+    """Of each turn, or of each slice what is not told of each turn in it."""
+    return {
+        (entry["round"], entry["turn"], number): value
+        for entry in entries
+        for number, value in enumerate(entry["turns_per_s"] if what == "per_s" else [entry[what]])
+    }
 
 
 def _policies(figures: Figures) -> str:

@@ -7,9 +7,10 @@ import random
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -24,7 +25,7 @@ from benchmarks.contestants import (
     Request,
 )
 from benchmarks.environments import BUILD, MODELS
-from benchmarks.load import Exchange, Plan, Result, measure
+from benchmarks.load import Exchange, Plan, Result, measure_by_turns
 from benchmarks.redis_server import flush, redis_server
 from benchmarks.servers.template.contestant import batch_request, settings
 from benchmarks.serving import (
@@ -51,7 +52,11 @@ MANY = 32
 """Connections of the closed loop that stands for capacity."""
 
 CACHE_SLICES = 5
-"""The same in the section on the cache, where some of the ratios are near to one."""
+"""The same in the section on the cache, where what is fresh takes much memory to have ready."""
+
+TURN_S = {"w1": 0.1, "w2": 1.0}
+"""For about so long each is asked before the next, where what is to be told apart is near to the
+same: many times what a batch takes, as in each turn the last ones wait for nobody."""
 
 OPEN_LOOP_CONNECTIONS = 512
 SLICES = 2
@@ -180,29 +185,50 @@ class Running:
         rate: float | None = None,
         seconds: float | None = None,
         exchanges: list[Exchange] | None = None,
-    ) -> "Loaded":
-        cores = self.bench.cores
-        cpu_before_s, busy_before_s = self.server.cpu_s(), busy_s(cores.server)
-        started = perf_counter()
-        result = measure(
+    ) -> Loaded:
+        feed = exchanges or self.exchanges
+        [result] = load_by_turns([(self, feed)], connections, rate, seconds or self.bench.seconds)
+        return result
+
+
+def load_by_turns(
+    fed: Sequence[tuple[Running, list[Exchange]]],
+    connections: int,
+    rate: float | None,
+    seconds: float,
+    turn_s: float = inf,
+) -> list[Loaded]:
+    """Of each, with what it is asked, for so many `seconds` in turns of about `turn_s`."""
+    cores = fed[0][0].bench.cores
+    servers = [running.server for running, _ in fed]
+    cpu_before_s, busy_before_s = [server.cpu_s() for server in servers], busy_s(cores.server)
+    started = perf_counter()
+    results = measure_by_turns(
+        [
             Plan(
-                port=self.server.port,
-                exchanges=exchanges or self.exchanges,
-                seconds=seconds or self.bench.seconds,
+                port=running.server.port,
+                exchanges=exchanges,
+                seconds=seconds,
                 connections=connections,
                 rate=rate,
                 cpus=cores.load,
                 may_spin=cores.are_apart,
+                turns=max(1, round(seconds / turn_s)),
             )
-        )
-        answers = sum(result.statuses.values())
-        cpu_s = self.server.cpu_s() - cpu_before_s
-        others_s = busy_s(cores.server) - busy_before_s - cpu_s
-        return Loaded(
+            for running, exchanges in fed
+        ]
+    )
+    took_s = perf_counter() - started
+    cpu_s = [server.cpu_s() - before for server, before in zip(servers, cpu_before_s, strict=True)]
+    others_s = max(0.0, busy_s(cores.server) - busy_before_s - sum(cpu_s))
+    return [
+        Loaded(
             **asdict(result),
-            cpu_us=cpu_s * 1e6 / answers if answers else None,
-            others=max(0.0, others_s) / (perf_counter() - started) if cores.are_apart else None,
+            cpu_us=used_s * 1e6 / answers if (answers := sum(result.statuses.values())) else None,
+            others=others_s / took_s if cores.are_apart else None,
         )
+        for result, used_s in zip(results, cpu_s, strict=True)
+    ]
 
 
 def exchanges_of(contestant: Contestant, workload: Workload) -> list[Exchange]:
@@ -435,16 +461,27 @@ def _policies_side_by_side(bench: Bench, workload: str, number: int) -> list[Mea
             for policy, environment in POLICIES.items()
         }
         for connections in (1, 2, 8, 32):
-            for policy in rotated(list(up), number):
-                these = about | {"policy": policy, "point": f"closed {connections}"}
-                found.append(show(these, up[policy].load(connections)))
+            found += _by_turns(bench, up, about | {"point": f"closed {connections}"}, connections)
+        capacity = found[-len(up)]["per_s"]
         for share in SHARES:
-            rate = share * up["learned"].load(MANY).per_s
-            for policy in rotated(list(up), number):
-                these = about | {"policy": policy, "point": f"open {share:.0%}"}
-                result = up[policy].load(OPEN_LOOP_CONNECTIONS, rate=rate)
-                found.append(show(these | {"rate": round(rate)}, result))
+            these = about | {"point": f"open {share:.0%}", "rate": round(share * capacity)}
+            found += _by_turns(bench, up, these, OPEN_LOOP_CONNECTIONS, share * capacity)
     return found
+
+
+def _by_turns(
+    bench: Bench,
+    up: Mapping[str, Running],
+    about: Measurement,
+    connections: int,
+    rate: float | None = None,
+) -> list[Measurement]:
+    fed = [(running, running.exchanges) for running in up.values()]
+    turn_s = TURN_S[about["workload"]]
+    results = load_by_turns(fed, connections, rate, bench.seconds, turn_s)
+    return [
+        show(about | {"policy": policy}, result) for policy, result in zip(up, results, strict=True)
+    ]
 
 
 def _longest_waits(bench: Bench, workload: str) -> list[Measurement]:
@@ -553,13 +590,15 @@ def _caches_side_by_side(
     running: dict[tuple[str, str], Running] = {}
     feeds: dict[tuple[str, str], Iterator[Exchange]] = {}
 
-    def load(key: tuple[str, str], connections: int, seconds: float) -> Loaded:
-        most = int(len(mixtures[key[1]]) * seconds / _cache_seconds(bench))
-        exchanges = list(itertools.islice(feeds[key], most))
-        return running[key].load(connections, seconds=seconds, exchanges=exchanges)
+    def load(point: str, connections: int, seconds: float) -> list[Loaded]:
+        most = int(len(mixtures[point]) * seconds / _cache_seconds(bench))
+        fed = [
+            (running[tier, point], list(itertools.islice(feeds[tier, point], most)))
+            for tier in TIERS
+        ]
+        return load_by_turns(fed, connections, None, seconds, TURN_S[about["workload"]])
 
     with ExitStack() as stack:
-        # What is compared runs one after the other: a machine that is shared changes by the second.
         for (database_number, point), tier in itertools.product(enumerate(mixtures), TIERS):
             key = tier, point
             # Each in a database of its own, as what is fresh to one is fresh to the others, too.
@@ -569,12 +608,13 @@ def _caches_side_by_side(
             running[key] = stack.enter_context(bench.serve(OURS, about["workload"], environment))
             feeds[key] = iter(mixtures[point])
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
-            for tier, point in rotated(list(running), about["round"] + turn):
-                of = {"turn": turn, "tier": tier, "point": point}
+            for point in rotated(list(mixtures), about["round"] + turn):
                 if connections == MANY:
-                    load((tier, point), MANY, LEAD_IN_S)
-                result = load((tier, point), connections, bench.seconds / CACHE_SLICES)
-                found.append(show(about | of | {"connections": connections}, result))
+                    load(point, MANY, LEAD_IN_S)
+                results = load(point, connections, bench.seconds / CACHE_SLICES)
+                of = {"turn": turn, "point": point, "connections": connections}
+                for tier, result in zip(TIERS, results, strict=True):
+                    found.append(show(about | {"tier": tier} | of, result))
     return found
 
 

@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Self
+from typing import NamedTuple, Self
 
 from benchmarks.contestants import Command
 
@@ -72,6 +72,9 @@ class Server:
     ) -> None:
         self.port = port
         self.log = log
+        self.left_over = 0
+        """Processes that were there still after it had ended, and were killed then."""
+
         log.parent.mkdir(parents=True, exist_ok=True)
         # What the developer has set for their own service must not reach this one.
         own = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
@@ -138,9 +141,9 @@ class Server:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> float:
-        """The seconds that it took to end after SIGTERM, all of its processes included."""
+        """The seconds that it took to end after SIGTERM."""
         started = perf_counter()
-        family = [self.process.pid, *descendants(self.process.pid)]
+        family = set(descendants(self.process.pid))
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -149,8 +152,12 @@ class Server:
                 self.process.kill()
                 self.process.wait()
         seconds = perf_counter() - started
-        for orphan in filter(is_running, family[1:]):
-            os.kill(orphan, signal.SIGKILL)
+        # What it has started since then is in its session.
+        for pid, of in _processes().items():
+            if pid in family or of.session == self.process.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    self.left_over += 1
         return seconds
 
 
@@ -177,28 +184,33 @@ def busy_s(cpus: list[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes that `pid` has started, and those that these have, and so on."""
-    parents: dict[int, int] = {}
+class _Relations(NamedTuple):
+    parent: int
+    session: int
+
+
+def _processes() -> dict[int, _Relations]:
+    """All that run on this machine."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name, in parentheses, may have anything in it.
             fields = path.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
-        parents[int(path.parent.name)] = int(fields[1])
+        state, parent, _, session = fields[:4]
+        if state != "Z":
+            found[int(path.parent.name)] = _Relations(int(parent), int(session))
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` has started, and those that these have, and so on."""
+    processes = _processes()
     found = [pid]
     for parent in found:
-        found += [child for child, of in parents.items() if of == parent]
+        found += [child for child, of in processes.items() if of.parent == parent]
     return found[1:]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def status(port: int, path: str) -> int | None:
