@@ -27,7 +27,7 @@ from benchmarks.machine import commit, in_words
 from benchmarks.report import number, table
 from benchmarks.sections import OURS, exchanges_of, http_bytes
 from benchmarks.serving import Server, free_port, running_on, split_cores, status
-from benchmarks.workloads import POISON, TOLERANCE, Workload, make_models, make_workload
+from benchmarks.workloads import HUGE, POISON, TOLERANCE, Workload, make_models, make_workload
 
 PARTICIPANTS = [OURS, "bare_asgi_batched", "tutorial_fastapi"]
 CORES = split_cores()
@@ -40,7 +40,7 @@ PROBE_PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class Target:
-    """A contestant with a model, mostly the forest of w2, which raises where f0 is POISON."""
+    """A contestant with a model, mostly the forest of w2, which raises where f0 is POISON or HUGE."""
 
     name: str
     contestant: Contestant
@@ -137,6 +137,7 @@ BAD: dict[str, dict[str, Any]] = {
     "NaN": {"f0": float("nan")},
     "short row": {"f7": None},
     "model raises": {"f0": POISON},
+    "out of memory": {"f0": HUGE},
 }
 NEIGHBOURS = 16
 

@@ -33,6 +33,7 @@ TOKENS = 1000
 MAX_LENGTH = 128
 
 POISON = 666.0
+HUGE = 777.0
 """As f0, what the variant of w2 for benchmarks.fire raises at."""
 
 TOLERANCE = 1e-5

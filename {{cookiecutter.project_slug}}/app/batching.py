@@ -35,9 +35,9 @@ from app.waiting import MEMORY, WORTH_A_WAIT_S, WaitPolicy
 log = logging.getLogger(__name__)
 
 MAX_RERUNS = 64
-"""Runs that may be spent on finding the requests that make a batch fail: enough for whichever of
-thirty-two, or for any four of five hundred. Of a model that always fails it is asked twice for each
-of thirty-two requests."""
+"""Runs that may be spent on finding the requests that make a batch fail, or that fit in memory:
+enough for whichever of thirty-two, or for any four of five hundred. Of a model that always fails it
+is asked twice for each of thirty-two requests."""
 
 
 BURST = 1.5
@@ -106,7 +106,11 @@ class _Batch(Generic[RowT, OutcomeT]):
     """Those that worked: rows and seconds."""
 
     reruns: int = 0
-    was_too_large: bool = False
+    too_large: int = 0
+    """Rows of the run that first was out of memory."""
+
+    has_huge_row: bool = False
+    """Whether one was out of memory that cannot be made smaller."""
 
 
 class Collector(Generic[RowT, OutcomeT]):
@@ -151,6 +155,8 @@ class Collector(Generic[RowT, OutcomeT]):
 
         self._count = 0
         self._free_since = 0.0
+        """When there was a slot again, after all had been taken."""
+
         self._started = 0.0
         self._is_backlogged = False
         """Whether the last batch left behind enough rows for another."""
@@ -442,8 +448,14 @@ class Collector(Generic[RowT, OutcomeT]):
             batch.timings.trace.end(batch.timings.rows, has_failed=batch.timings.has_failed)
         for rows, seconds in batch.runs:
             self.cost.ran(rows, seconds)
-        self._free_since = self._clock()
-        self._policy.answered(self._free_since, batch.timings.rows)
+        # One that was begun before they were made smaller says nothing of those; nor does one in
+        # which a row was too large by itself.
+        if not batch.has_huge_row and 0 < batch.too_large <= self.limits.max_rows:
+            self._allow_fewer()
+        now = self._clock()
+        if not self._has_free_slot:
+            self._free_since = now
+        self._policy.answered(now, batch.timings.rows)
         # The slot is free before the next batch is bound.
         self._batches.discard(batch)
         if self.is_idle:
@@ -502,20 +514,28 @@ class Collector(Generic[RowT, OutcomeT]):
         rows: int,
         error: OutOfMemory,
     ) -> None:
-        """Allow half as many rows from now on, and run these in halves, once."""
-        most, fewer = self.limits.smaller(rows), self.limits.smaller(self.limits.max_rows)
-        # One that was begun before they were made smaller says nothing of those.
-        if most and rows <= self.limits.max_rows:
-            self.limits.max_rows = fewer
-            self._enough = min(self._enough, fewer)
-            self._metrics.max_rows.set(fewer)
-            log.warning("the model ran out of memory; batches have at most %d rows now", fewer)
-        if not most or batch.was_too_large:
+        """Run these in halves, until only the requests fail that are too large by themselves."""
+        batch.too_large = batch.too_large or rows
+        most = self.limits.smaller(rows)
+        if not most:
+            batch.has_huge_row = True
+            self._bisect(batch, parts, error)
+            return
+        halves = _in_chunks(parts, most)
+        if batch.reruns + len(halves) > MAX_RERUNS:
             for part in parts:
                 _fail(part.request, type(error)(error.detail), cause=error)
             return
-        batch.was_too_large = True
-        batch.to_run += reversed(_in_chunks(parts, most))
+        batch.reruns += len(halves)
+        self._metrics.reruns.inc(len(halves))
+        batch.to_run += reversed(halves)
+
+    def _allow_fewer(self) -> None:
+        """Half as many rows from now on."""
+        fewer = self.limits.smaller(self.limits.max_rows)
+        self.limits.max_rows = fewer
+        self._metrics.max_rows.set(fewer)
+        log.warning("the model ran out of memory; batches have at most %d rows now", fewer)
 
     def _deliver(self, parts: Parts[RowT, OutcomeT], outcomes: Sequence[OutcomeT]) -> None:
         end = 0

@@ -31,8 +31,13 @@ class Breaker:
         self._changed = changed
         self._clock = clock
         self._failures = 0
-        self._pause_s = FIRST_PAUSE_S
+        self._next_pause_s = FIRST_PAUSE_S
         self._open_until = 0.0
+
+    @property
+    def pause_s(self) -> float:
+        """How long until the next may try, if it is open."""
+        return max(0.0, self._open_until - self._clock())
 
     def allows(self) -> bool:
         """Whether to try. If it is open and the pause is over, one may, and the next may not."""
@@ -45,7 +50,7 @@ class Breaker:
 
     def worked(self) -> None:
         self._failures = 0
-        self._pause_s = FIRST_PAUSE_S
+        self._next_pause_s = FIRST_PAUSE_S
         self._become(State.CLOSED)
 
     def failed(self) -> None:
@@ -54,8 +59,8 @@ class Breaker:
             return
         # Not all processes at the same moment.
         jitter = random.uniform(0.75, 1.0)  # noqa: S311 - nothing is secret about it
-        self._open_until = self._clock() + self._pause_s * jitter
-        self._pause_s = min(1.5 * self._pause_s, LONGEST_PAUSE_S)
+        self._open_until = self._clock() + self._next_pause_s * jitter
+        self._next_pause_s = min(1.5 * self._next_pause_s, LONGEST_PAUSE_S)
         self._become(State.OPEN)
 
     def _become(self, state: State) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from time import monotonic
 from typing import Protocol
 
-from app.errors import ServiceError, StartupError
+from app.errors import Overloaded, ServiceError, StartupError
 from app.predictor import ItemError
 from app.repository import ModelRepository, ServedModel
 from app.settings import Settings
@@ -161,8 +161,8 @@ class Lifecycle:
         """Run the model on its example, unless the last answer is recent enough to believe.
 
         A prediction for a caller that worked is as good as a test. While a test waits behind
-        real work, the last verdict holds; only a model that gets nothing done within the
-        request time-out, when every caller sees 504, is not ready.
+        real work, or finds no room, the last verdict holds; only a model that gets nothing done
+        within the request time-out, when every caller sees 504, is not ready.
         """
         test = self._tests[model.name]
         now = monotonic()
@@ -185,6 +185,9 @@ class Lifecycle:
             ask = partial(model.submit, [model.predictor_class.example], deadline)
             [outcome] = await outcomes_of(ask)
             test.fault = outcome.reason if isinstance(outcome, ItemError) else None
+        except Overloaded as error:
+            if monotonic() - model.last_success > self._settings.request_timeout_s:
+                test.fault = error.detail
         except ServiceError as error:
             test.fault = error.detail
         finally:

@@ -10,10 +10,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import Context
 from functools import cached_property
 from itertools import islice, repeat
+from math import inf
 from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import hiredis
 from redis.asyncio import Redis
@@ -39,6 +42,17 @@ MAX_WRITE_BYTES = 16 * 1024 * 1024
 
 MAX_WANTED = 4 * MAX_KEYS
 """Keys that may wait to be looked up; who comes beyond does without."""
+
+NOT_TO_BE_SET = frozenset(
+    ("socket_timeout", "socket_connect_timeout", "max_connections", "decode_responses")
+)
+"""Options of redis-py, which lets a URL overrule what it is told here."""
+
+TRIAL = b"prediction:trial"
+"""What is asked for and written, for a millisecond, to see whether Redis is well again."""
+
+TIMER_S = 0.01
+"""By more than this no timer of an event loop is early."""
 
 TOLD = (AuthenticationError, RedisConnectionError, RedisTimeoutError, OSError)
 """Errors whose message is logged. Others repeat the command, with a password perhaps."""
@@ -180,12 +194,17 @@ class RedisStore:
     """
 
     def __init__(self, url: str, timeout_s: float, metrics: StoreMetrics) -> None:
+        if wrong := NOT_TO_BE_SET & parse_qs(urlsplit(url).query).keys():
+            raise ValueError(f"{min(wrong)} is not to be set; REDIS_TIMEOUT_MS can be")
         self._redis = Redis.from_url(
             url,
             socket_connect_timeout=timeout_s,
             # Those of `_shake_hands` and `_exchange` are for all that is said, and take less time.
             socket_timeout=None,
             redis_connect_func=self._shake_hands,
+            # Each server and proxy speaks this one, and needs no question before the first.
+            protocol=2,
+            driver_info=None,
             # Who waits for an answer does not wait for another try.
             retry=Retry(NoBackoff(), 0),
             max_connections=4,
@@ -201,6 +220,9 @@ class RedisStore:
         self._reading = Breaker(lambda state: self._note("lookups", state))
         self._writing = Breaker(lambda state: self._note("writes", state))
         self._fault = ""
+        self._left_alone: set[str] = set()
+        """What it has been told of that it is."""
+
         self._lookups = _Questions(self._look_up, self._reading, timeout_s)
         self._locks = _Questions(self._set_new, self._writing, timeout_s)
         self._unwritten: dict[Name, Write] = {}
@@ -352,7 +374,7 @@ class RedisStore:
         Python for asynchronous connections, 4 us for a row.
         """
         pool = self._redis.connection_pool
-        connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = await self._connected()
         try:
             async with asyncio.timeout(timeout_s):
                 await connection.send_packed_command(b"".join(commands))
@@ -367,6 +389,17 @@ class RedisStore:
             raise
         finally:
             await pool.release(connection)
+
+    async def _connected(self) -> Any:
+        pool = self._redis.connection_pool
+        try:
+            # At a Unix socket redis-py greets before it calls `_shake_hands`.
+            async with asyncio.timeout(CONNECTING * self._timeout_s):
+                return await pool.get_connection()  # type: ignore[no-untyped-call]
+        except TimeoutError:
+            # It has kept what was begun.
+            await pool.disconnect(inuse_connections=False)
+            raise
 
     async def _shake_hands(self, connection: Any) -> None:
         try:
@@ -390,9 +423,25 @@ class RedisStore:
     def _note(self, what: Literal["lookups", "writes"], state: State) -> None:
         self._metrics.breaker(what).set(state.value)
         if state is State.OPEN:
-            log.warning("Redis is left alone for a while", extra={"what": what, "why": self._fault})
+            if what not in self._left_alone:
+                self._left_alone.add(what)
+                log.warning(
+                    "Redis is left alone for a while", extra={"what": what, "why": self._fault}
+                )
+            self._try_later(what)
         elif state is State.CLOSED:
+            self._left_alone.discard(what)
             log.info("Redis is in use again", extra={"what": what})
+
+    def _try_later(self, what: Literal["lookups", "writes"]) -> None:
+        """If nobody asks until then, it is to be known all the same whether it is well again."""
+        loop, context = asyncio.get_running_loop(), Context()
+        if what == "lookups":
+            pause_s = self._reading.pause_s + TIMER_S
+            loop.call_later(pause_s, self._lookups.ask, TRIAL, inf, context=context)
+        else:
+            pause_s = self._writing.pause_s + TIMER_S
+            loop.call_later(pause_s, self._write_later, {TRIAL: b"1"}, 1, context=context)
 
 
 def _check_mode(hello: Any) -> None:

@@ -14,6 +14,7 @@ MODELS = Path(os.environ["MODELS"])
 WORKLOAD = os.environ["WORKLOAD"]
 FEATURES = [f"f{number}" for number in range(8)]
 POISON = 666.0
+HUGE = 777.0
 
 
 def open_onnx(name: str) -> Any:
@@ -81,6 +82,8 @@ def make_fire() -> Callable[[bytes], float]:
     def score(body: bytes) -> float:
         if orjson.loads(body)["f0"] == POISON:
             raise ArithmeticError("poison")
+        if orjson.loads(body)["f0"] == HUGE:
+            raise MemoryError
         return forest(body)
 
     return score

@@ -21,6 +21,7 @@ MODELS = Path(os.environ["MODELS"])
 WORKLOAD = os.environ["WORKLOAD"]
 FEATURES = [f"f{number}" for number in range(8)]
 POISON = 666.0
+HUGE = 777.0
 WINDOW_S = 0.005
 MAX_ROWS = 32
 
@@ -105,6 +106,8 @@ def make_fire() -> Callable[[list[Any]], list[float]]:
     def score(rows: list[Any]) -> list[float]:
         if any(row[0] == POISON for row in rows):
             raise ArithmeticError("poison")
+        if any(row[0] == HUGE for row in rows):
+            raise MemoryError
         return forest(rows)
 
     return score

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 MODELS = Path(os.environ["MODELS"])
 WORKLOAD = os.environ["WORKLOAD"]
 POISON = 666.0
+HUGE = 777.0
 
 app = FastAPI()
 
@@ -111,6 +112,8 @@ def serve_fire() -> None:
     async def predict(features: Features) -> Prediction:
         if features.f0 == POISON:
             raise ArithmeticError("poison")
+        if features.f0 == HUGE:
+            raise MemoryError
         return Prediction(score=forest.predict_proba(np.array([row_of(features)]))[0, 1])
 
 

@@ -21,6 +21,39 @@ class ClientLeft(Exception):
     """The connection was closed before the answer."""
 
 
+class Departure:
+    """Cancels who answers a request when its client leaves, where no `Exchange` does.
+
+    Args:
+        receive: ASGI's, once there is no more of the body.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.disconnected = False
+        self._receive = receive
+        self._listening: asyncio.Task[None] | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it does, now."""
+        return self._listening is not None
+
+    @is_waiting.setter
+    def is_waiting(self, is_waiting: bool) -> None:
+        if self._listening:
+            self._listening.cancel()
+            self._listening = None
+        answering = asyncio.current_task()
+        if is_waiting and answering:
+            self._listening = asyncio.create_task(self._listen(answering))
+
+    async def _listen(self, answering: asyncio.Task[Any]) -> None:
+        # A server that says something else has nothing to say.
+        if (await self._receive())["type"] == "http.disconnect":
+            self.disconnected = True
+            answering.cancel()
+
+
 class NoRoom(Exception):
     """Too many bytes of other requests are held."""
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
 from app import inference
-from app.api.bodies import SMALL_BYTES, Bodies, ClientLeft, NoRoom
+from app.api.bodies import SMALL_BYTES, Bodies, ClientLeft, Departure, NoRoom
 from app.api.keys import ApiKeys
 from app.errors import (
     BodyTimeout,
@@ -256,17 +256,16 @@ class JsonRoute:
             answer = inference.recall(self.model, key, call) if key else None
         if answer is None:
             rows = self._rows(parse, content, call)
-            if exchange:
-                exchange.is_waiting = True
+            waiting = exchange or Departure(receive)  # type: ignore[arg-type]
+            waiting.is_waiting = True
             try:
                 answer = await inference.predict(self.model, rows, call)
             except asyncio.CancelledError:
-                if not (exchange and exchange.disconnected):
+                if not waiting.disconnected:
                     raise
                 raise ClientLeft from None
             finally:
-                if exchange:
-                    exchange.is_waiting = False
+                waiting.is_waiting = False
         said = self._content_of(answer, call)
         if answer.cache:
             _tell_of_cache(call, answer.cache, answer.age_s)

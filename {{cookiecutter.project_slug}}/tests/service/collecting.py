@@ -61,7 +61,7 @@ class Model:
             await asyncio.sleep(self._fixed + self._per_row * len(rows))
         finally:
             self.running -= 1
-        if len(rows) > self.memory:
+        if len(rows) > self.memory or "huge" in rows:
             raise OutOfMemory("no memory")
         if "poison" in rows:
             raise PredictionFailed("poisoned")

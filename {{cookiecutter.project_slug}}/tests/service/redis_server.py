@@ -84,7 +84,7 @@ class RedisServer:
 
     @property
     def values(self) -> dict[bytes, bytes]:
-        keys: Any = self.client.keys("prediction:*")
+        keys: Any = self.client.keys("prediction:*:*")
         return {key: self.client.get(key) for key in keys}  # type: ignore[misc]
 
 

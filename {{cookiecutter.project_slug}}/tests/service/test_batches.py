@@ -82,25 +82,25 @@ def test_the_urgent_go_first(start: Start, pipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("requests", "query"),
-    [(1, ""), (2, ""), (1, "?code=1")],
-    ids=["alone", "pipelined", "with a query"],
+    ("requests", "target"),
+    [(1, GATE), (2, GATE), (1, f"{GATE}?code=1"), (1, GATE.replace("d", "%64"))],
+    ids=["alone", "pipelined", "with a query", "by way of ASGI"],
 )
 def test_what_a_caller_hung_up_on_never_reaches_the_model(
-    service: Service, pipe: Path, tmp_path: Path, requests: int, query: str
+    service: Service, pipe: Path, tmp_path: Path, requests: int, target: str
 ) -> None:
     def cancelled() -> float:
         labels = {"model": "gate", "version": "1", "outcome": "cancelled"}
         return sample(service, "inference_requests_total", **labels)
 
     before, failures = cancelled(), len(service.log_lines("prediction failed"))
-    request_id = f"hung-up-{requests}-{len(query)}"
+    request_id = f"hung-up-{requests}-{len(target)}"
     with ThreadPoolExecutor() as pool:
         held = pool.submit(post_gate, service, str(pipe))
         with pipe.open("w"):
             body = json.dumps({"features": {"pipe": str(tmp_path / "missing")}}).encode()
             head = (
-                f"POST {GATE}{query} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n"
+                f"POST {target} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             ).encode()
             with socket.create_connection(("127.0.0.1", service.port)) as connection:

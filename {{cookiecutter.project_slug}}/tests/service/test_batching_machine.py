@@ -33,6 +33,7 @@ class Callers(RuleBasedStateMachine):
         self.memory = MAX_ROWS
         self.next_row = 0
         self.poison: set[int] = set()
+        self.huge: set[int] = set()
         self.seen: set[int] = set()
         self.gone: set[int] = set()
         """Rows whose caller left while they were in the queue."""
@@ -89,7 +90,7 @@ class Callers(RuleBasedStateMachine):
         for row in set(rows) - self.seen:
             assert self.loop.time() < self.deadlines[row], "the model was given what is too late"
         self.seen |= set(rows)
-        if len(rows) > self.memory:
+        if len(rows) > self.memory or self.huge & set(rows):
             raise OutOfMemory("no memory")
 
     def answer(self, rows: list[int]) -> Sequence[int]:
@@ -121,24 +122,26 @@ class Callers(RuleBasedStateMachine):
     def change_place(self, is_inline: bool) -> None:
         self.is_inline = is_inline
 
-    @rule(rows=st.sampled_from([MAX_ROWS // 2, MAX_ROWS]))
+    @rule(rows=st.integers(1, MAX_ROWS))
     def change_memory(self, rows: int) -> None:
         self.memory = rows
 
     @rule(
         count=st.integers(1, 10),
-        poisoned=st.integers(0, 9),
+        fault=st.integers(0, 9),
         patience=st.sampled_from([0.05, 1.0, 3.0, 1000.0]),
         manners=st.sets(st.sampled_from(["gives_up", "is_alone"])),
         group=st.tuples(st.integers(0, 1), st.sampled_from("ab")),
     )
     def come(
-        self, count: int, poisoned: int, patience: float, manners: set[str], group: tuple[int, str]
+        self, count: int, fault: int, patience: float, manners: set[str], group: tuple[int, str]
     ) -> None:
         rows = list(range(self.next_row, self.next_row + count))
         self.next_row += count
-        if poisoned == 0:
+        if fault == 0:
             self.poison.add(rows[-1])
+        elif fault == 1:
+            self.huge.add(rows[-1])
 
         deadline = self.loop.time() + patience
         self.deadlines |= dict.fromkeys(rows, deadline)
@@ -192,9 +195,9 @@ class Callers(RuleBasedStateMachine):
             error = call.exception()
             if error is None:
                 assert call.result() == [-row for row in rows]
-                assert not self.poison & set(rows)
+                assert not (self.poison | self.huge) & set(rows)
             elif isinstance(error, PredictionFailed):
-                assert self.poison & set(rows), f"{rows} failed for another's fault"
+                assert (self.poison | self.huge) & set(rows), f"{rows} failed for another's fault"
             else:
                 assert isinstance(error, (TimeoutError, DeadlineExceeded, NotReady, Overloaded))
         assert self.collector.is_idle

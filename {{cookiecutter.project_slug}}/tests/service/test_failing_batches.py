@@ -199,18 +199,31 @@ class TestMemory:
 
         run(test())
 
-    def test_it_is_tried_once(self) -> None:
+    def test_where_only_one_fits_all_are_answered_and_it_gets_there_in_the_end(self) -> None:
         async def test() -> None:
             model = Model()
             model.memory = 1
             collecting = collector(model, max_rows=8)
-            with pytest.raises(PredictionFailed):
-                await submit(collecting, *range(8))
-            assert [len(batch) for batch in model.batches] == [8, 4]
-            # It gets there in the end.
-            for _ in range(2):
-                await asyncio.wait([submit(collecting, *range(8))])
+            for rows in (8, 4, 2):
+                assert await submit(collecting, *range(rows)) == [f"{row}!" for row in range(rows)]
+                await settle()
+                assert collecting.limits.max_rows == rows // 2
+            assert [len(batch) for batch in model.batches[:5]] == [8, 4, 2, 1, 1]
+            begun = len(model.batches)
             assert await submit(collecting, *range(8)) == [f"{row}!" for row in range(8)]
+            assert [len(batch) for batch in model.batches[begun:]] == [1] * 8
+
+        run(test())
+
+    def test_where_none_fits_the_search_is_bounded(self) -> None:
+        async def test() -> None:
+            model = Model()
+            model.memory = 0
+            collecting = collector(model, max_rows=200, queue_max_rows=200)
+            requests = [submit(collecting, row) for row in range(200)]
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+            assert all(isinstance(answer, OutOfMemory) for answer in answers)
+            assert len(model.batches) <= 1 + MAX_RERUNS
 
         run(test())
 
@@ -221,7 +234,30 @@ class TestMemory:
             collecting = collector(model)
             with pytest.raises(OutOfMemory, match="no memory"):
                 await submit(collecting, "a")
+            await settle()
             assert collecting.limits.max_rows == 4
+
+        run(test())
+
+    @pytest.mark.parametrize("allowed_sizes", [(), (8, 32), (32,)])
+    @pytest.mark.parametrize("huge", [{0}, {31}, {2, 17}])
+    def test_nor_does_it_take_others_along(
+        self, huge: set[int], allowed_sizes: tuple[int, ...]
+    ) -> None:
+        async def test() -> None:
+            model = Model()
+            collecting = collector(model, max_rows=32, allowed_sizes=allowed_sizes)
+            for _ in range(3):
+                rows = ["huge" if number in huge else number for number in range(32)]
+                requests = [submit(collecting, row) for row in rows]
+                answers = await asyncio.gather(*requests, return_exceptions=True)
+                for number, answer in enumerate(answers):
+                    if number in huge:
+                        assert isinstance(answer, OutOfMemory)
+                    else:
+                        assert answer == [f"{number}!"]
+                await settle()
+                assert collecting.limits.max_rows == 32
 
         run(test())
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.service.server import FAKES, Service, Start, assert_problem, publish
+from tests.service.test_batches import sample
 
 
 class TestFaultyModel:
@@ -185,3 +186,16 @@ class TestReadiness:
                 stuck = service.wait_for("/ready", status=503).client.get("/ready").json()
                 assert stuck["detail"] == "Model gate: a test prediction has not come back."
         service.wait_for("/ready")
+
+    def test_nor_is_one_whose_queue_is_full(self, start: Start, pipe: Path) -> None:
+        service = start(READY_CACHE_S=0, REQUEST_TIMEOUT_S=25, MAX_INSTANCES=1, QUEUE_MAX_ROWS=1)
+        service.wait_for("/ready")
+        with ThreadPoolExecutor() as pool:
+            request = hold(service, pipe, pool)
+            with pipe.open("w"):
+                waiting = pool.submit(service.predict, "gate", pipe="/dev/null")
+                depth = partial(sample, service, "inference_queue_depth", model="gate", version="1")
+                service.wait_until(lambda: depth() == 1)
+                assert_problem(service.predict("gate", pipe="/dev/null"), 429)
+                assert service.client.get("/ready").status_code == 200
+            assert request.result().status_code == waiting.result().status_code == 200

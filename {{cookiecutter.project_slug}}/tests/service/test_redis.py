@@ -253,6 +253,30 @@ def test_when_it_dies_or_hangs_nobody_notices(
     caller.asks_until(lambda: is_in_use(service) and is_shared(server))
 
 
+def test_nor_when_it_hangs_behind_a_unix_socket(
+    start: Start, start_redis: StartRedis, tmp_path: Path
+) -> None:
+    path = tmp_path / "redis.sock"
+    server = start_redis(f"--unixsocket {path}")
+    service = start(REDIS_URL=f"unix://{path}").wait_for("/ready")
+    caller = Caller(service)
+    caller.asks_until(lambda: is_shared(server))
+    server.signal(signal.SIGSTOP)
+    caller.asks_until(lambda: breaker(service) == State.OPEN)
+    server.signal(signal.SIGCONT)
+    server.client.flushall()
+    caller.asks_until(lambda: is_in_use(service) and is_shared(server))
+
+
+def test_one_that_is_far_away_is_used(start: Start, proxied: tuple[RedisServer, Proxy]) -> None:
+    server, proxy = proxied
+    proxy.fault = "late"
+    # Enough for two round trips, also to begin with.
+    service = start(REDIS_URL=proxy.url, REDIS_TIMEOUT_MS=2500 * LATE_S).wait_for("/ready")
+    Caller(service).asks_until(lambda: is_shared(server))
+    assert is_in_use(service)
+
+
 @pytest.mark.parametrize("fault", ["reset", "silence", "garbage", "half", "late"])
 def test_when_the_network_fails_nobody_notices(
     start: Start, proxied: tuple[RedisServer, Proxy], fault: Fault
@@ -269,20 +293,28 @@ def test_when_the_network_fails_nobody_notices(
 
 
 @pytest.mark.parametrize(
-    "options",
-    ["--maxmemory 1 --maxmemory-policy noeviction", "--replicaof 127.0.0.1 1"],
+    ("options", "cure"),
+    [
+        ("--maxmemory 1 --maxmemory-policy noeviction", "CONFIG SET maxmemory 0"),
+        ("--replicaof 127.0.0.1 1", "REPLICAOF NO ONE"),
+    ],
     ids=["full", "read-only"],
 )
 def test_when_it_takes_nothing_it_is_still_read(
-    start: Start, start_redis: StartRedis, options: str
+    start: Start, start_redis: StartRedis, options: str, cure: str
 ) -> None:
-    service = start(REDIS_URL=start_redis(options).url).wait_for("/ready")
+    server = start_redis(options)
+    service = start(REDIS_URL=server.url).wait_for("/ready")
     caller = Caller(service)
     caller.asks_until(lambda: breaker(service, "writes") == State.OPEN)
     dropped = sample(service, "cache_redis_dropped_total")
     caller.asks_until(lambda: sample(service, "cache_redis_dropped_total") > dropped)
     assert breaker(service) == State.CLOSED
     assert sample(service, "cache_redis_lookup_seconds_count") > 0
+    server.client.execute_command(*cure.split())  # type: ignore[no-untyped-call]
+    # Nobody need ask.
+    service.wait_until(lambda: breaker(service, "writes") == State.CLOSED)
+    caller.asks_until(lambda: is_shared(server))
 
 
 def test_evictions_are_misses(start: Start, start_redis: StartRedis) -> None:
@@ -332,7 +364,7 @@ class TestPasswords:
     ) -> None:
         # Such a server repeats the command that it does not know, and the password is part of it.
         server = start_redis(self.acl + " --rename-command HELLO nohello")
-        url = f"redis://cache:swordfish@127.0.0.1:{server.port}/0"
+        url = f"redis://cache:swordfish@127.0.0.1:{server.port}/0?protocol=3"
         service = start(REDIS_URL=url).wait_for("/ready")
         Caller(service).asks_until(lambda: breaker(service) == State.OPEN)
         assert "swordfish" not in service.log
@@ -354,8 +386,18 @@ class TestPasswords:
 
         asyncio.run(test())
 
-    @pytest.mark.parametrize("option", ["soket_timeout=1", "protocol=4"])
-    def test_an_option_that_is_none_is_refused_at_the_start(
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "soket_timeout=1",
+            "protocol=4",
+            "socket_timeout=1",
+            "socket_connect_timeout=5",
+            "max_connections=1",
+            "decode_responses=true",
+        ],
+    )
+    def test_an_option_that_is_none_or_not_to_be_set_is_refused_at_the_start(
         self, start: Start, option: str
     ) -> None:
         service = start(REDIS_URL=f"redis://:swordfish@127.0.0.1:1?{option}")
@@ -391,7 +433,7 @@ def test_a_server_that_does_not_say_what_it_is_is_used(
 ) -> None:
     server = start_redis("--rename-command HELLO nohello")
     server.client = redis.Redis(port=server.port, protocol=2)
-    service = start(REDIS_URL=f"{server.url}?protocol=2").wait_for("/ready")
+    service = start(REDIS_URL=server.url).wait_for("/ready")
     Caller(service).asks_until(lambda: is_shared(server))
 
 

@@ -149,6 +149,15 @@ class TestWhere:
 
         run(test)
 
+    def test_one_that_waits_is_not_measured_as_quick(self) -> None:
+        async def test() -> None:
+            runner = await loaded(Here)
+            runner.predictor.do = lambda: sleep(LOCK_WAIT_S / 2)  # type: ignore[attr-defined]
+            assert await runner.measure([Features()]) >= LOCK_WAIT_S / 2
+            runner.close()
+
+        run(test)
+
     @pytest.mark.parametrize("is_inline", [True, False])
     def test_what_it_takes_for_a_row_includes_what_it_waits(self, is_inline: bool) -> None:
         class Waits(Here):

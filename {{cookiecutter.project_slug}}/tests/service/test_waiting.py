@@ -195,8 +195,22 @@ class TestWaiting:
             waiting = [submit(collecting, row) for row in "xyz"]
             await asyncio.sleep(1)
             await submit(collecting, "last")
-            assert asyncio.get_running_loop().time() == 2.5
+            # The others had theirs after three runs.
+            assert asyncio.get_running_loop().time() == 4
             await asyncio.gather(*too_many, *waiting)
+
+        run(test())
+
+    def test_the_longest_wait_is_from_when_there_was_a_slot(self) -> None:
+        async def test() -> None:
+            policy = WaitsUntilTold(0, BatchCost())
+            collecting = collector(Model(fixed=1), policy=policy, slots=2, max_wait=1)
+            first = submit(collecting, "a")
+            await asyncio.sleep(1.5)
+            # The batch before ends while this one forms, beside it.
+            await submit(collecting, "b")
+            assert asyncio.get_running_loop().time() == 3.5
+            await first
 
         run(test())
 

@@ -1,4 +1,4 @@
-"""The forest of w2, except that it raises where f0 is `POISON`."""
+"""The forest of w2, except that it raises where f0 is `POISON` or `HUGE`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ import numpy as np
 from app.predictor import BaseFeatures, BasePrediction, BasePredictor, Device
 
 POISON = 666.0
+HUGE = 777.0
+"""Too large for any memory."""
 
 
 class Features(BaseFeatures):
@@ -35,6 +37,8 @@ class Predictor(BasePredictor[Features, Prediction]):
     def predict(self, batch: list[Features]) -> list[Prediction]:
         if any(row.f0 == POISON for row in batch):
             raise ArithmeticError("poison")
+        if any(row.f0 == HUGE for row in batch):
+            raise MemoryError
         rows = np.array(
             [[row.f0, row.f1, row.f2, row.f3, row.f4, row.f5, row.f6, row.f7] for row in batch]
         )
