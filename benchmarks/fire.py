@@ -40,7 +40,7 @@ PROBE_PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class Target:
-    """A contestant with a model, mostly the forest of w2, which raises where f0 is POISON or HUGE."""
+    """A contestant with a model, mostly the forest of w2, which raises at POISON and HUGE."""
 
     name: str
     contestant: Contestant

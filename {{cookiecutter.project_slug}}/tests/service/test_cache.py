@@ -16,6 +16,7 @@ from app.api.bodies import Bodies
 from app.api.json_route import Call, Endpoint, JsonRoute, Rules
 from app.api.keys import ApiKeys
 from app.cache import Stores, Times
+from app.errors import DeadlineExceeded, PredictionFailed
 from app.known_bodies import MAX_BODY_BYTES
 from app.memory_store import MemoryStore
 from app.predictor import BaseFeatures, BasePrediction, ItemError
@@ -127,6 +128,21 @@ class TestAnswers:
             assert len(model.asked) == 2
             model.say()
             await second
+
+        run(test)
+
+    @pytest.mark.parametrize("error", [PredictionFailed("no"), DeadlineExceeded("late")])
+    def test_what_fails_or_is_late_is_not_kept(self, error: Exception) -> None:
+        async def test() -> None:
+            cached, model = cache(), Model()
+            for number in range(2):
+                asked = ask(cached, model, 1)
+                await settle()
+                model.tickets[number].outlet.set_exception(error)
+                with pytest.raises(type(error)):
+                    await asked
+                await settle()
+            assert model.asked == [[1], [1]]
 
         run(test)
 

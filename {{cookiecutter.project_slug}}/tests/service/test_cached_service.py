@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.service.caching import double, runs
 from tests.service.server import FAKES, Service, Start, publish
 from tests.service.test_batches import sample
@@ -115,8 +117,17 @@ class TestHttp:
         assert "x-cache" not in service.predict("gate", pipe="/dev/null").headers
         assert "x-cache" in service.predict("double", x=1).headers
 
-    def test_it_expires(self, start: Start) -> None:
-        service = start(CACHE_TTL_S="0.05").wait_for("/ready")
+    @pytest.mark.parametrize("of_model", [False, True])
+    def test_it_expires(self, start: Start, tmp_path: Path, of_model: bool) -> None:
+        environment: dict[str, Any] = {"CACHE_TTL_S": "0.05"}
+        if of_model:
+            source = (FAKES / "double.py").read_text()
+            (tmp_path / "predictors").mkdir()
+            (tmp_path / "predictors/double.py").write_text(
+                source.replace("    example =", "    cache_ttl_s = 0.05\n    example =")
+            )
+            environment = {"PREDICTORS_DIR": tmp_path / "predictors"}
+        service = start(**environment).wait_for("/ready")
         double(service, 1)
         service.wait_until(lambda: double(service, 1).headers["x-cache"] == "miss")
 
