@@ -68,6 +68,9 @@ CONNECTING = 2
 GATHERING_S = 0.01
 """For so long writes wait for others: the more go together, the less each of them costs."""
 
+LONGEST_CLOSE_S = 2.0
+"""A stop takes no longer for what is still to be written, whatever the time-out is."""
+
 SET_PX = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nPX\r\n$%d\r\n%b\r\n"
 """The one command of which there are many, as it is sent: an array of five strings, each behind its
 length. hiredis takes three times as long to say so, which is more than all else that a write
@@ -270,6 +273,7 @@ class RedisStore:
         # What was said last is of use to others, and so is that nobody runs it any more.
         if self._writer:
             patience_s = GATHERING_S + (CONNECTING + WRITING) * self._timeout_s
+            patience_s = min(patience_s, LONGEST_CLOSE_S)
             await asyncio.wait([self._writer], timeout=patience_s)
         self._is_closed = True
         if self._writer:

@@ -650,6 +650,17 @@ def test_closing_lets_nobody_wait() -> None:
     asyncio.run(test())
 
 
+def test_nor_for_long_for_what_is_still_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.redis_store.LONGEST_CLOSE_S", 0.01)
+
+    async def test() -> None:
+        store = store_with(Silent(), timeout_s=1000 * WAIT_S)
+        store.put({b"a": b"1"}, 60)
+        await asyncio.wait_for(store.close(), WAIT_S)
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("garbage", [b"garbage", b"\x02" + bytes(24) + b'{"y":9}'])
 def test_what_is_none_of_ours_is_a_miss_and_written_anew(
     start: Start, start_redis: StartRedis, garbage: bytes
