@@ -608,7 +608,7 @@ def _caches_side_by_side(
             running[key] = stack.enter_context(bench.serve(OURS, about["workload"], environment))
             feeds[key] = iter(mixtures[point])
         for turn, connections in itertools.product(range(CACHE_SLICES), (1, MANY)):
-            for point in rotated(list(mixtures), about["round"] + turn):
+            for point in rotated(list(mixtures), about["round"] - 1 + turn):
                 if connections == MANY:
                     load(point, MANY, LEAD_IN_S)
                 results = load(point, connections, bench.seconds / CACHE_SLICES)
