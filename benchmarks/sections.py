@@ -51,9 +51,6 @@ WINDOW_MS = 5
 MANY = 32
 """Connections of the closed loop that stands for capacity."""
 
-CACHE_SLICES = 5
-"""The same in the section on the cache, where what is fresh takes much memory to have ready."""
-
 TURN_S = {"w1": 0.1, "w2": 1.0}
 """For about so long each is asked before the next, where what is to be told apart is near to the
 same: many times what a batch takes, as in each turn the last ones wait for nobody."""
@@ -61,6 +58,9 @@ same: many times what a batch takes, as in each turn the last ones wait for nobo
 OPEN_LOOP_CONNECTIONS = 512
 SLICES = 2
 """Into which a round's closed loops are cut, so that those of all contestants alternate."""
+
+CACHE_SLICES = 5
+"""The same in the section on the cache, where what is fresh takes much memory to have ready."""
 
 BURST = 20
 BURST_S = 0.05

@@ -21,6 +21,22 @@ from tests.service.collecting import (
 )
 
 
+async def assert_only_those_fail(
+    collecting: Any, numbers: set[int], row: str, error: type[Exception]
+) -> None:
+    """Of thirty-two requests, in which `numbers` send `row`; each with an error of its own."""
+    rows = [row if number in numbers else number for number in range(32)]
+    requests = [submit(collecting, each) for each in rows]
+    answers = await asyncio.gather(*requests, return_exceptions=True)
+    for number, answer in enumerate(answers):
+        if number in numbers:
+            assert isinstance(answer, error)
+        else:
+            assert answer == [f"{number}!"]
+    errors = [id(answer) for answer in answers if isinstance(answer, Exception)]
+    assert len(set(errors)) == len(numbers), "an exception object is shared"
+
+
 class TestFailing:
     @pytest.mark.parametrize(
         "poison", [{0}, {3}, {31}, {2, 5}, {0, 1, 2}, {0, 31}, {0, 9, 17, 26}, set(range(0, 32, 2))]
@@ -29,27 +45,21 @@ class TestFailing:
         async def test() -> None:
             model = Model()
             collecting = collector(model, max_rows=32)
-            rows = ["poison" if number in poison else number for number in range(32)]
-            requests = [submit(collecting, row) for row in rows]
-            answers = await asyncio.gather(*requests, return_exceptions=True)
-            for number, answer in enumerate(answers):
-                if number in poison:
-                    assert isinstance(answer, PredictionFailed)
-                else:
-                    assert answer == [f"{number}!"]
-            errors = [id(answer) for answer in answers if isinstance(answer, Exception)]
-            assert len(set(errors)) == len(poison), "an exception object is shared"
+            await assert_only_those_fail(collecting, poison, "poison", PredictionFailed)
             assert len(model.batches) <= 1 + MAX_RERUNS
 
         run(test())
 
-    def test_the_search_for_the_fault_is_bounded(self) -> None:
+    @pytest.mark.parametrize(
+        ("row", "error"), [("poison", PredictionFailed), ("huge", OutOfMemory)]
+    )
+    def test_the_search_for_the_fault_is_bounded(self, row: str, error: type[Exception]) -> None:
         async def test() -> None:
             model = Model()
             collecting = collector(model, max_rows=200, queue_max_rows=200)
-            requests = [submit(collecting, "poison") for _ in range(200)]
+            requests = [submit(collecting, row) for _ in range(200)]
             answers = await asyncio.gather(*requests, return_exceptions=True)
-            assert all(isinstance(answer, PredictionFailed) for answer in answers)
+            assert all(isinstance(answer, error) for answer in answers)
             assert len(model.batches) <= 1 + MAX_RERUNS
 
         run(test())
@@ -215,18 +225,6 @@ class TestMemory:
 
         run(test())
 
-    def test_where_none_fits_the_search_is_bounded(self) -> None:
-        async def test() -> None:
-            model = Model()
-            model.memory = 0
-            collecting = collector(model, max_rows=200, queue_max_rows=200)
-            requests = [submit(collecting, row) for row in range(200)]
-            answers = await asyncio.gather(*requests, return_exceptions=True)
-            assert all(isinstance(answer, OutOfMemory) for answer in answers)
-            assert len(model.batches) <= 1 + MAX_RERUNS
-
-        run(test())
-
     def test_one_row_that_is_too_large_fails_and_changes_nothing(self) -> None:
         async def test() -> None:
             model = Model()
@@ -248,14 +246,7 @@ class TestMemory:
             model = Model()
             collecting = collector(model, max_rows=32, allowed_sizes=allowed_sizes)
             for _ in range(3):
-                rows = ["huge" if number in huge else number for number in range(32)]
-                requests = [submit(collecting, row) for row in rows]
-                answers = await asyncio.gather(*requests, return_exceptions=True)
-                for number, answer in enumerate(answers):
-                    if number in huge:
-                        assert isinstance(answer, OutOfMemory)
-                    else:
-                        assert answer == [f"{number}!"]
+                await assert_only_those_fail(collecting, huge, "huge", OutOfMemory)
                 await settle()
                 assert collecting.limits.max_rows == 32
 
