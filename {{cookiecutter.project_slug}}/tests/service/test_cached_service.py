@@ -100,6 +100,14 @@ class TestHttp:
             double(service, x)
         service.wait_until(lambda: sample(service, "cache_bytes") > 90 * held)
 
+    def test_that_is_no_more_than_it_may(self, start: Start) -> None:
+        service = start(CACHE_MAX_BYTES=2000).wait_for("/ready")
+        for x in range(1, 31):
+            double(service, x)
+        assert double(service, 30).headers["x-cache"] == "hit"
+        assert double(service, 1).headers["x-cache"] == "miss"
+        assert 0 < sample(service, "cache_bytes") <= 2000
+
     def test_errors_are_not_kept(self, service: Service) -> None:
         for fault in ("raise", "item"):
             before = sample(service, "cache_misses_total", model="faulty", version="1")

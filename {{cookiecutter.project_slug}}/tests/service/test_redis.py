@@ -19,7 +19,7 @@ import pytest
 import redis
 from prometheus_client import REGISTRY
 
-from app.breaker import LONGEST_PAUSE_S, Breaker, State
+from app.breaker import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker, State
 from app.cache import HEAD
 from app.metrics import StoreMetrics
 from app.redis_store import MAX_WRITE_BYTES, MAX_WRITES, RedisStore, _at_hand, _Questions, packed
@@ -636,6 +636,45 @@ def test_answers_that_came_together_are_read_together(start_redis: StartRedis) -
     asyncio.run(test())
 
 
+def test_however_many_ask_it_has_few_connections(start_redis: StartRedis) -> None:
+    async def test() -> None:
+        server = start_redis()
+        store = RedisStore(server.url, WAIT_S, StoreMetrics())
+        deadline = monotonic() + 4 * WAIT_S
+        names = [b"name%d" % number for number in range(1000)]
+        for _ in range(5):
+            store.put(dict.fromkeys(names, b"value"), 60)
+            await asyncio.gather(looked_up(store, names, deadline), store.take(names, 60, deadline))
+        others = int(server.client.info("clients")["connected_clients"]) - 1
+        assert 1 <= others <= 4
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_it_is_asked_once_for_what_it_fails_at() -> None:
+    commands: list[bytes] = []
+
+    async def fail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while command := await reader.read(65_536):
+            commands.append(command)
+            if b"MGET" in command:
+                break
+            writer.write(b"-ERR unknown command\r\n")
+        writer.close()
+
+    async def test() -> None:
+        async with await asyncio.start_server(fail, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            store = RedisStore(f"redis://127.0.0.1:{port}", WAIT_S, StoreMetrics())
+            for asked in range(1, FAILURES):
+                assert await looked_up(store, [b"a"], monotonic() + 4 * WAIT_S) == [None]
+                assert sum(b"MGET" in command for command in commands) == asked
+            await store.close()
+
+    asyncio.run(test())
+
+
 def test_closing_lets_nobody_wait() -> None:
     async def test() -> None:
         for turns in range(3):
@@ -699,6 +738,13 @@ class TestBreaker:
         tested.worked()
         assert [tested.allows() for _ in range(3)] == [True, True, True]
         assert states == [*(State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED)]
+
+    def test_those_who_saw_it_fail_together_do_not_try_it_together(self) -> None:
+        several = [Breaker(lambda _: None, clock=lambda: 0.0) for _ in range(20)]
+        for tested in several * FAILURES:
+            tested.failed()
+        pauses = sorted(tested.pause_s for tested in several)
+        assert FIRST_PAUSE_S / 2 <= pauses[0] < pauses[-1] <= FIRST_PAUSE_S
 
     def test_however_often_it_failed_it_tries_again_soon(self) -> None:
         now = 0.0
