@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
+from statistics import median
 from time import perf_counter, process_time
 from typing import Any, Self
 
@@ -120,6 +121,9 @@ class Result:
     p95_ms: float | None
     p99_ms: float | None
     max_ms: float | None
+    usual_p99_ms: float | None
+    """The median of each turn's: where the machine stalls, one turn has it all."""
+
     statuses: dict[str, int]
     lost: int
     unsent: int
@@ -166,6 +170,9 @@ class _Tally:
     turns: list[int] = field(default_factory=list)
     """`in_time` of each."""
 
+    turns_p99_ms: list[float] = field(default_factory=list)
+    """Of those with answers."""
+
     lost: int = 0
     refused_connections: int = 0
     latencies: list[float] = field(default_factory=list)
@@ -195,7 +202,7 @@ class Load:
             self._connect_all()
 
     def take_turn(self) -> None:
-        before = self.tally.in_time
+        before, answered = self.tally.in_time, len(self.tally.latencies)
         started = perf_counter()
         self._end = started + self.plan.seconds / self.plan.turns
         if self.plan.rate is None:
@@ -203,6 +210,9 @@ class Load:
         else:
             self._run_open(started, self.plan.rate)
         self.tally.turns.append(self.tally.in_time - before)
+        p99_ms = percentile_ms(sorted(self.tally.latencies[answered:]), 0.99)
+        if p99_ms is not None:
+            self.tally.turns_p99_ms.append(p99_ms)
 
     def end(self, busy: float) -> Result:
         for connection in self._connections.values():
@@ -400,6 +410,7 @@ class Load:
             p95_ms=percentile_ms(latencies, 0.95),
             p99_ms=percentile_ms(latencies, 0.99),
             max_ms=percentile_ms(latencies, 1),
+            usual_p99_ms=median(tally.turns_p99_ms) if tally.turns_p99_ms else None,
             statuses={status.decode(): count for status, count in tally.statuses.items()},
             lost=tally.lost,
             unsent=max(0, tally.due - tally.sent - tally.refused_connections),
