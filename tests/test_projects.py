@@ -194,6 +194,7 @@ FILES = [
     "tests/service/test_requests.py",
     "tests/service/test_requirements.py",
     "tests/service/test_runner.py",
+    "tests/service/test_server_settings.py",
     "tests/service/test_settings.py",
     "tests/service/test_shared_runs.py",
     "tests/service/test_start.py",

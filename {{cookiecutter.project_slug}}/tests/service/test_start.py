@@ -215,18 +215,25 @@ class TestRefusal:
         [
             ({"PORT": "http"}, "PORT: Input should be a valid integer"),
             ({"WEB_CONCURRENCY": "none"}, "WEB_CONCURRENCY: Input should be a valid integer"),
-            ({"API_KEYS_SHA256": "s3cret"}, "API_KEYS_SHA256: Value error, each key is given as"),
+            ({"WEB_CONCURRENCY": "1000"}, "WEB_CONCURRENCY: Input should be less than or equal to"),
         ],
     )
-    def test_an_invalid_setting(
+    def test_an_invalid_setting_of_gunicorn(
         self, start: Start, settings: dict[str, str], complaint: str
     ) -> None:
-        service = start(**settings)
+        service = start(**settings, API_KEYS_SHA256="s3cret")
         assert service.exit_code() == 1
         [line] = service.log.splitlines()
         assert line.startswith("Invalid settings: ")
         assert complaint in line
+        assert "API_KEYS_SHA256: Value error, each key is given as" in line
         assert "s3cret" not in line
+
+    def test_an_invalid_setting_of_the_workers(self, start: Start) -> None:
+        service = start(API_KEYS_SHA256="s3cret")
+        line = refusal(service)
+        assert line.startswith("Invalid settings: API_KEYS_SHA256: Value error, each key is given")
+        assert "s3cret" not in service.log
 
 
 def _only_double(directory: Path) -> Path:
@@ -368,6 +375,7 @@ class TestImports:
     def test_gunicorns_own_process_has_none_of_the_large_packages(self) -> None:
         large = {"asyncio", "ctypes", "fastapi", "multiprocessing", "opentelemetry", "pydantic"}
         ran = python(f"""
+os.environ |= {{"PORT": "8081", "SHUTDOWN_GRACE_S": "20", "LOG_LEVEL": "INFO"}}
 import logging.config, runpy
 import gunicorn.app.wsgiapp, app.worker
 settings = runpy.run_path("gunicorn.conf.py")
@@ -387,33 +395,3 @@ print({large | {"structlog", "uvicorn"}} & sys.modules.keys())
         assert python(code).stdout == "False\n"
         endpoint = "os.environ['OTEL_EXPORTER_OTLP_ENDPOINT'] = 'http://127.0.0.1:1'"
         assert python(f"{endpoint}\n{code}").stdout == "True\n"
-
-
-class TestReadingSettings:
-    """In gunicorn's own process, by another one."""
-
-    READ = "print(server_settings.read_server_settings())"
-
-    def test_they_come_over(self) -> None:
-        ran = python(f"from app import server_settings\n{self.READ}")
-        assert "ServerSettings(bind_address='0.0.0.0', port=8080, web_concurrency=1" in ran.stdout
-
-    @pytest.mark.parametrize(
-        ("do", "said"),
-        [
-            ("os.kill(os.getpid(), 9)", "ended by signal 9"),
-            ("1 / 0", "ZeroDivisionError"),
-            ("os.environ.update(PORT='none')", "PORT: "),
-        ],
-        ids=["killed", "a bug", "invalid"],
-    )
-    def test_where_they_cannot_be_read_it_says_so_once(self, do: str, said: str) -> None:
-        ran = python(f"""
-from app import server_settings
-load = server_settings._load_server_settings
-server_settings._load_server_settings = lambda: ({do}, load())[1]
-{self.READ}
-""")
-        assert ran.returncode == 1
-        assert ran.stderr.count(said) == 1
-        assert not ran.stdout
