@@ -31,6 +31,19 @@ NO_HEADERS: Mapping[bytes, bytes] = {}
 H2C_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
+HEAD_BYTES = 64 * 1024
+"""How much of a request may come without that anything of its body comes: its head, or trailers. To
+this is added what one read brings, 256 KiB at the most. The parser copies all of a line for each
+piece of it, so that a few endless ones would take a whole core."""
+
+HEADERS = 100
+"""The most in a request, as gunicorn has it."""
+
+TOO_LARGE = f"The head is larger than {HEAD_BYTES} bytes, or has more than {HEADERS} headers."
+
+HEAD_S = 10.0
+"""How long a head may take to come, once it has begun. Bodies have the request's time-out."""
+
 LISTS = (b"cache-control", b"priority")
 """Headers that a prediction looks at and that may be sent in several lines."""
 
@@ -241,6 +254,18 @@ class Protocol(HttpToolsProtocol):
     is_in_message = False
     """Whether the parser has seen the begin of a request and not its end."""
 
+    _is_in_head = False
+    """Whether it has seen the begin of a request and not the end of its head."""
+
+    _gets_on = False
+    """Whether a request has begun in this read, or part of a body has come."""
+
+    _bytes_without_body = 0
+    """In the reads since."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    """Of a head that did not come in one piece."""
+
     received = 0.0
     """When what is being read has come, or the first of it, by `monotonic`."""
 
@@ -260,6 +285,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.intake.hurry(monotonic())
+        self._wait_for_request()
 
     def usual_header_lines(self) -> bytes:
         """Those of every answer, which change once a second."""
@@ -271,7 +297,7 @@ class Protocol(HttpToolsProtocol):
         return lines
 
     def on_message_begin(self) -> None:
-        self.is_in_message = True
+        self.is_in_message = self._is_in_head = self._gets_on = True
         self._idle_since = None
         self.url = b""
         self.headers = []
@@ -280,6 +306,15 @@ class Protocol(HttpToolsProtocol):
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        if len(self.headers) > HEADERS:
+            # To uvicorn, by way of the parser, it is no HTTP: see send_400_response.
+            raise ValueError
+        self._is_in_head = False
+        # The answer to the one before may have come in between.
+        self._idle_since = None
+        if self._head_timer:
+            self._head_timer.cancel()
+            self._head_timer = None
         headers = headers_of(self.headers)
         expected = headers.get(b"expect")
         self.expect_100_continue = expected is not None and expected.lower() == b"100-continue"
@@ -310,6 +345,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._gets_on = True
         cycle = self.cycle
         if not isinstance(cycle, Exchange):
             super().on_body(body)
@@ -327,7 +363,7 @@ class Protocol(HttpToolsProtocol):
         elif not cycle.response_complete:
             cycle.more_body = False
             cycle.wake_receiver()
-        if cycle.response_complete and self._idle_since is None:
+        if cycle.response_complete:
             # It was answered before its body was there, which ended the wait for the next one.
             self._wait_for_request()
 
@@ -367,17 +403,19 @@ class Protocol(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.timeout_keep_alive_task = None
-        if self._idle_since is None or self.unread:
+        if self._idle_since is None:
             return
-        left = self._idle_since + self.timeout_keep_alive - monotonic()
+        left: float = self.timeout_keep_alive
+        if not self.unread:
+            left += self._idle_since - monotonic()
         if left > 0:
             self._look_again_in(left)
         else:
             self.transport.close()
 
     def _unset_keepalive_if_required(self) -> None:
-        """Called by uvicorn when there is data, or the connection has ended."""
-        self._idle_since = None
+        """Called by uvicorn when there is data, of which only a request ends the wait for one, or
+        the connection has ended."""
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not isinstance(cycle, Exchange):
@@ -412,8 +450,6 @@ class Protocol(HttpToolsProtocol):
             return
         if not self.unread:
             self.received = now
-            # It is not idle any more.
-            self._idle_since = None
             self.intake.leave(self.take_in)
         self.unread += data
         if len(self.unread) > HIGH_WATER_LIMIT:
@@ -444,11 +480,32 @@ class Protocol(HttpToolsProtocol):
             head, end, body = data.partition(b"\r\n\r\n")
             data = H2C_OFFER.sub(b"", head + end[:2]) + end[2:] + body
         super().data_received(data)
+        if self.is_in_message and not self.transport.is_closing():
+            self._bound(len(data))
+
+    def _bound(self, read_bytes: int) -> None:
+        """Once more of a request has come, and not its end."""
+        self._bytes_without_body = 0 if self._gets_on else self._bytes_without_body + read_bytes
+        self._gets_on = False
+        if self._bytes_without_body > HEAD_BYTES or len(self.headers) > HEADERS:
+            self._give_up(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, TOO_LARGE)
+        elif self._is_in_head and not self._head_timer:
+            late = HTTPStatus.REQUEST_TIMEOUT, f"The head did not come within {HEAD_S:.0f} s."
+            self._head_timer = self.loop.call_later(HEAD_S, self._give_up, *late, context=Context())
+
+    def _give_up(self, status: HTTPStatus, why: str) -> None:
+        is_next = self.cycle is None or self.cycle.response_complete
+        if self._is_in_head and is_next:
+            self._refuse(status, why)
+        else:
+            # To say so would answer another request, or the same one twice.
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self.timeout_keep_alive_task:
-            self.timeout_keep_alive_task.cancel()
+        for timer in (self.timeout_keep_alive_task, self._head_timer):
+            if timer:
+                timer.cancel()
         if self.exchange:
             self.exchange.leave()
         # They know this.
@@ -456,16 +513,21 @@ class Protocol(HttpToolsProtocol):
         self.pipeline.clear()
 
     def send_400_response(self, msg: str) -> None:
+        if self._is_in_head and len(self.headers) > HEADERS:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, TOO_LARGE)
+        else:
+            self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _refuse(self, status: HTTPStatus, why: str) -> None:
         self.outbox.send()
         request_id = uuid4().hex
-        document = problem_of(HTTPStatus.BAD_REQUEST, msg, request_id)
-        body = document.model_dump_json(exclude_none=True)
+        body = problem_of(status, why, request_id).model_dump_json(exclude_none=True).encode()
         head = [
-            "HTTP/1.1 400 Bad Request",
+            f"HTTP/1.1 {status} {status.phrase}",
             f"content-type: {PROBLEM_MEDIA_TYPE}",
             f"content-length: {len(body)}",
             f"x-request-id: {request_id}",
             "connection: close",
         ]
-        self.transport.write(("\r\n".join(head) + "\r\n\r\n" + body).encode())
+        self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
         self.transport.close()

@@ -44,13 +44,16 @@ def read_server_settings() -> ServerSettings:
     """What `app.settings` comes to as well; a test holds the two against each other.
 
     Raises:
-        SystemExit: one of them is invalid; it names every setting that is. While these are well,
-            nobody looks at the others here: the workers do, and end the start.
+        SystemExit: pyproject.toml is no TOML, or one of them is invalid: it names every setting
+            that is. While these are well, nobody looks at the others here: the workers do, and end
+            the start.
     """
     try:
         return _read_plainly()
     except NotPlainError:
         return _read_as_workers_do()
+    except tomllib.TOMLDecodeError as error:
+        sys.exit(f"pyproject.toml: {error}")
 
 
 def _read_plainly() -> ServerSettings:

@@ -90,7 +90,8 @@ class Settings(BaseSettings):
     """Most rows that a model is given at once; larger requests are split."""
 
     batch_max_wait_ms: float = Field(default=10, ge=0, le=10_000)
-    """Longest that a row waits for others to share a batch with; 0: it never waits."""
+    """Longest that a row waits for others to share a batch with; 0: it never waits, and batches are
+    smaller."""
 
     batch_policy: Literal["learned", "window"] = "learned"
     """`learned` waits only while it pays; `window` always waits BATCH_MAX_WAIT_MS."""

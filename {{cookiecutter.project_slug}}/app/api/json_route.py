@@ -330,6 +330,8 @@ class JsonRoute:
         given = headers.get(b"x-request-timeout-ms")
         if given is None:
             return self._timeout_s
+        # The parser leaves what is behind a value, which is no part of it (RFC 9110, section 5.5).
+        given = given.rstrip(b" \t")
         if not given.isdigit() or len(given) > 9 or int(given) == 0:
             message = "Input should be a whole number of milliseconds, from 1 to 999999999"
             raise invalid_fields([FieldError(field=TIMEOUT, message=message)])

@@ -73,6 +73,14 @@ def test_a_body_that_never_comes_is_not_waited_for(start: Start) -> None:
     assert b"connection: close" in answer.lower()
 
 
+def test_a_head_without_end_is_refused(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Big: ")
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"x" * 100_000_000)
+    assert service.client.get("/health").status_code == 200
+
+
 @pytest.mark.parametrize(("has_come", "error"), [(False, BodyTimeout), (True, DeadlineExceeded)])
 def test_who_is_not_read_in_time_is_not_told_to_have_been_late(
     has_come: bool, error: type[ServiceError]

@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 
 from app.api.json_route import _priority
 from app.intake import LONGEST_S, SLICE_S, TOGETHER, Intake
-from app.protocol import Exchange, Outbox, Protocol, headers_of
+from app.protocol import HEAD_BYTES, HEADERS, Exchange, Outbox, Protocol, headers_of
 
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 
@@ -250,6 +250,172 @@ def test_a_list_may_be_in_several_lines_and_the_last_counts(
 ) -> None:
     headers = [(b"priority", line) for line in lines]
     assert _priority(headers_of([(b"host", b"x"), *headers, (b"host", b"y")])) == priority
+
+
+class TestUnfinished:
+    """Requests that do not get on, and who sends none."""
+
+    HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+    CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    PIECE = b"x" * (HEAD_BYTES // 4)
+
+    now = 0.0
+
+    @pytest.fixture(autouse=True)
+    def _clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("intake", "protocol"):
+            monkeypatch.setattr(f"app.{module}.monotonic", lambda: self.now)
+
+    def run(self, test: Callable[[Protocol, Connection], Coroutine[Any, Any, None]]) -> None:
+        """With an app that answers when all of a body is there."""
+
+        async def answer(exchange: Exchange) -> None:
+            while exchange.more_body:
+                await exchange.message_event.wait()
+                exchange.message_event.clear()
+            exchange.respond(200, b"content-length: 0\r\n", b"")
+
+        class App:
+            plain_paths: ClassVar = {b"/": "/"}
+
+            def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None]:
+                return answer(exchange)
+
+            async def __call__(self, _: Any, __: Any, send: Any) -> None:
+                await send({"type": "http.response.start", "status": 204})
+                await send({"type": "http.response.body"})
+
+        async def run() -> None:
+            config = Config(App(), http=Protocol, proxy_headers=False, timeout_keep_alive=75)
+            config.load()
+            protocol, connection = Protocol(config, ServerState(), {}), Connection()
+            protocol.connection_made(connection)
+            await test(protocol, connection)
+            protocol.connection_lost(None)
+
+        asyncio.run(run())
+
+    async def send(self, protocol: Protocol, connection: Connection, *pieces: bytes) -> None:
+        for piece in pieces:
+            if not connection.is_closed:
+                protocol.data_received(piece)
+                # What has begun ends.
+                for _ in range(3):
+                    await asyncio.sleep(0)
+
+    @pytest.mark.parametrize(
+        "start", [b"POST /", HEAD + b"X: ", HEAD], ids=["url", "line", "lines"]
+    )
+    def test_a_head_without_end_is_refused(self, start: bytes) -> None:
+        piece = b"x: y\r\n" * 50 if start is self.HEAD else self.PIECE
+
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            await self.send(protocol, connection, start, *[piece] * 4)
+            assert not connection.sent or start is self.HEAD
+            await self.send(protocol, connection, piece)
+            assert connection.sent.startswith(b"HTTP/1.1 431 Request Header Fields Too Large")
+            assert connection.is_closed
+
+        self.run(test)
+
+    @pytest.mark.parametrize(("count", "status"), [(HEADERS, b"200 OK"), (HEADERS + 1, b"431 ")])
+    def test_nor_may_one_have_many_headers(self, count: int, status: bytes) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            lines = b"x: y\r\n" * (count - 2)
+            await self.send(protocol, connection, self.HEAD + lines + b"Content-Length: 0\r\n\r\n")
+            assert connection.sent.startswith(b"HTTP/1.1 " + status)
+            assert connection.sent.count(b"HTTP/1.1") == 1
+
+        self.run(test)
+
+    @pytest.mark.parametrize("end", [b"0\r\nX: ", b"1;"], ids=["trailer", "extension"])
+    def test_a_body_without_end_that_is_no_body_is_dropped(self, end: bytes) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            pieces = [self.PIECE] * 5
+            await self.send(protocol, connection, self.CHUNKED, b"1\r\nx\r\n" + end, *pieces)
+            assert connection.is_closed
+            assert not connection.sent
+
+        self.run(test)
+
+    def test_trailers_are_counted_though_there_is_an_answer(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            head = self.CHUNKED.replace(b"POST", b"GET")
+            await self.send(protocol, connection, head)
+            assert connection.sent.startswith(b"HTTP/1.1 204")
+            await self.send(protocol, connection, b"0\r\n" + b"x: y\r\n" * (HEADERS + 1))
+            assert connection.is_closed
+            assert connection.sent.count(b"HTTP/1.1") == 1
+
+        self.run(test)
+
+    def test_a_body_in_pieces_may_be_as_long_as_it_likes(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            head = self.HEAD + b"Content-Length: %d\r\n\r\n" % (20 * len(self.PIECE))
+            await self.send(protocol, connection, head, *[self.PIECE] * 20)
+            assert connection.sent.startswith(b"HTTP/1.1 200")
+            assert not connection.is_closed
+
+        self.run(test)
+
+    def test_that_of_the_next_is_not_answered_in_place_of_the_one_before(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            protocol.data_received(REQUEST + b"four" + self.HEAD + b"X: ")
+            for _ in range(5):
+                protocol.data_received(self.PIECE)
+            assert connection.is_closed
+            assert not connection.sent
+
+        self.run(test)
+
+    def test_a_slow_head(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("app.protocol.HEAD_S", 0.0)
+
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            await self.send(protocol, connection, self.HEAD)
+            assert connection.is_closed
+            assert connection.sent.startswith(b"HTTP/1.1 408 Request Timeout")
+
+        self.run(test)
+
+    def test_one_that_came_in_the_end_is_not_ended(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            await self.send(protocol, connection, self.HEAD)
+            timer = protocol._head_timer
+            assert timer
+            await self.send(protocol, connection, b"Content-Length: 4\r\n\r\n")
+            assert timer.cancelled()
+            self.now += 100
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+            await self.send(protocol, connection, b"four")
+            assert connection.sent.startswith(b"HTTP/1.1 200")
+
+        self.run(test)
+
+    def test_an_answer_to_the_one_before_begins_no_idleness(self) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            await self.send(protocol, connection, REQUEST + b"four" + self.HEAD)
+            assert connection.sent.startswith(b"HTTP/1.1 200")
+            await self.send(protocol, connection, b"Content-Length: 4\r\n\r\n")
+            self.now += 76
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+
+        self.run(test)
+
+    @pytest.mark.parametrize("sent", [b"", b"\r\n\r\n"])
+    def test_who_asks_nothing_at_all_is_left(self, sent: bytes) -> None:
+        async def test(protocol: Protocol, connection: Connection) -> None:
+            self.now += 74
+            await self.send(protocol, connection, sent)
+            protocol.timeout_keep_alive_handler()
+            assert not connection.is_closed
+            self.now += 2
+            protocol.timeout_keep_alive_handler()
+            assert connection.is_closed
+
+        self.run(test)
 
 
 class TestNoTime:

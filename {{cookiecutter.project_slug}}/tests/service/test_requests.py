@@ -244,6 +244,14 @@ def test_a_prediction_however_it_is_asked_for(service: Service, line: bytes) -> 
     assert b'"prediction":{"y":42.0}' in answer
 
 
+def test_a_header_may_have_space_around_its_value(service: Service) -> None:
+    body = json.dumps(GOOD).encode()
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += b"Content-Type: \tapplication/json \r\nX-Request-Timeout-Ms:  5000 \t\r\n"
+    answer = exchange(service, head + b"Content-Length: %d \r\n\r\n%b" % (len(body), body))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
 def test_what_follows_an_answer_to_the_header_alone_does_no_harm(service: Service) -> None:
     # Refused while its header is parsed; its body and what comes after that are still to come.
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -90,6 +90,14 @@ def test_the_defaults() -> None:
         assert as_gunicorn_does() == as_workers_do() == ServerSettings()
 
 
+def test_a_broken_pyproject_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pyproject.toml").write_text("[tool.service]\nport = = 3\n")
+    assert as_gunicorn_does() == "pyproject.toml: Invalid value (at line 2, column 8)"
+
+
 @given(given=sources())
 def test_plain_values(given: Sources) -> None:
     with in_place(given), pytest.MonkeyPatch.context() as patch:
