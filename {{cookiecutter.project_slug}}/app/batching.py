@@ -412,6 +412,8 @@ class Collector(Generic[RowT, OutcomeT]):
                 run.add_done_callback(resume, context=self._context)
                 return
             self._ended(batch, parts, started, run)
+            # Its error knows what the model had at hand, which is not to outlast the next run.
+            del run
         if len(batch.parts) == 1 and not self._queues.rows:
             # The answer goes first, as nothing waits for the slot.
             self._loop.call_soon(self._free, batch, context=self._context)
@@ -444,8 +446,6 @@ class Collector(Generic[RowT, OutcomeT]):
         self._run_next(batch)
 
     def _free(self, batch: _Batch[RowT, OutcomeT]) -> None:
-        if batch.timings.trace:
-            batch.timings.trace.end(batch.timings.rows, has_failed=batch.timings.has_failed)
         for rows, seconds in batch.runs:
             self.cost.ran(rows, seconds)
         # One that was begun before they were made smaller says nothing of those; nor does one in
@@ -462,6 +462,9 @@ class Collector(Generic[RowT, OutcomeT]):
             self._is_backlogged = False
         self._metrics.waiting(self._queues.rows)
         self._schedule()
+        # Last: should it raise, the slot is free all the same.
+        if batch.timings.trace:
+            batch.timings.trace.end(batch.timings.rows, has_failed=batch.timings.has_failed)
 
     def _ended(
         self,

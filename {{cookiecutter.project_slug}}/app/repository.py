@@ -239,7 +239,14 @@ class ServedModel:
         least = (self.predictor_class.allowed_batch_sizes or (1,))[0]
         cost.ran(least, seconds := await runner.measure([example] * least))
         if seconds < INLINE_BELOW_S:
-            cost.ran(max_rows, seconds := await runner.measure([example] * max_rows))
+            try:
+                cost.ran(max_rows, seconds := await runner.measure([example] * max_rows))
+            except PredictionFailed as error:
+                fault = on_one_line(error.__cause__ or error, self._source)
+                raise StartupError(
+                    f"{self.name}: predict of {max_rows} rows, each the example, failed: {fault}; "
+                    "mend the predictor, or set batch_max_rows = 1 in it"
+                ) from error
         is_quick = seconds < INLINE_BELOW_S and runner.predictor.provider == "cpu"
         chosen = self.predictor_class.runs_inline
         runner.may_run_inline = is_quick if chosen is None else chosen
@@ -279,9 +286,13 @@ class ServedModel:
                 "publish a new version instead, and start again"
             )
 
+    @property
+    def _source(self) -> Path:
+        return Path(sys.modules[self.predictor_class.__module__].__file__ or "")
+
     def _load_predictor(self, artifact: Artifact) -> BasePredictor[Any, Any]:
         files = ", ".join(str(artifact.directory / name) for name in artifact.manifest.files)
-        source = Path(sys.modules[self.predictor_class.__module__].__file__ or "")
+        source = self._source
         remedy = "train it again or mend the predictor (LOG_LEVEL=debug shows the traceback)"
         try:
             predictor = self.predictor_class()

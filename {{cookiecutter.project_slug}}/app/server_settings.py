@@ -68,6 +68,8 @@ def _given() -> dict[str, object]:
     given: dict[str, object] = {}
     if (pyproject := Path("pyproject.toml")).is_file():
         given |= tomllib.loads(pyproject.read_text("utf-8")).get("tool", {}).get("service", {})
+        if any(name != name.lower() for name in given):
+            raise NotPlainError
     if (dotenv := Path(".env")).exists():
         # Here, as a container has none.
         from dotenv import dotenv_values
@@ -77,7 +79,9 @@ def _given() -> dict[str, object]:
 
 
 def _set(variables: Mapping[str, str | None]) -> dict[str, str]:
-    return {name.lower(): value for name, value in variables.items() if value}
+    # The same name may come twice, and may be no more than a name then.
+    given = {name.lower(): value for name, value in variables.items() if value != ""}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _plain(name: str, value: object) -> Any:

@@ -103,8 +103,8 @@ class Bodies:
         """
         if declared.isdigit() and int(declared) > self.max_bytes:
             raise self._too_large()
-        content = b""
-        held = 0
+        pieces: list[bytes] = []
+        length = held = 0
         more = True
         self._reading.add(reader, deadline)
         try:
@@ -112,12 +112,13 @@ class Bodies:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientLeft
-                content += message.get("body", b"")
-                if len(content) > self.max_bytes:
+                pieces.append(message.get("body", b""))
+                length += len(pieces[-1])
+                if length > self.max_bytes:
                     raise self._too_large()
-                if len(content) > SMALL_BYTES:
-                    self.hold(len(content) - held)
-                    held = len(content)
+                if length > SMALL_BYTES:
+                    self.hold(length - held)
+                    held = length
                 more = message.get("more_body", False)
         except BaseException as error:
             self.release(held)
@@ -127,7 +128,8 @@ class Bodies:
             raise
         finally:
             self._reading.discard(reader)
-        return content
+        # Once: to add each to those before it would copy a body of 64 MB for four seconds.
+        return b"".join(pieces)
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The body is over {self.max_bytes} bytes.")

@@ -114,3 +114,17 @@ def test_an_odd_value(name: str, value: str) -> None:
         values[source] = {name: value}
         with in_place(Sources(*values)):
             assert as_gunicorn_does() == as_workers_do()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_capitals_in_the_project(name: str) -> None:
+    for case in (str.upper, str.capitalize):
+        with in_place(Sources({case(name): PLAIN[name][-1]}, {}, {})):
+            assert as_gunicorn_does() == as_workers_do() != ServerSettings()
+
+
+@pytest.mark.parametrize("lines", ["PORT=9005\nport\n", "port\nPORT=9005\n", "PORT\n", "PORT=\n"])
+def test_a_name_alone(lines: str) -> None:
+    with in_place(Sources({"port": 9000}, {}, {})):
+        Path(".env").write_text(lines)
+        assert as_gunicorn_does() == as_workers_do()

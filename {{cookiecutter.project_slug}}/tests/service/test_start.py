@@ -202,6 +202,16 @@ class TestRefusal:
         line = refusal(start(PREDICTORS_DIR=predictors(tmp_path, double="def broken(:")))
         assert line.startswith(f"{tmp_path}/predictors/double.py cannot be imported: SyntaxError")
 
+    def test_a_quick_model_that_takes_one_row(self, start: Start, tmp_path: Path) -> None:
+        source = PREDICTOR.replace("return [", "[_] = batch\n        return [", 1)
+        assert source != PREDICTOR
+        publish(tmp_path, "double", factor_txt=b"2")
+        folder = predictors(tmp_path, double=source)
+        line = refusal(start(ARTIFACTS_DIR=tmp_path, PREDICTORS_DIR=folder))
+        assert line.startswith("double: predict of 32 rows, each the example, failed: ValueError")
+        assert "(double.py, line " in line
+        assert line.endswith("set batch_max_rows = 1 in it")
+
     def test_a_default_model_that_does_not_exist(self, start: Start) -> None:
         line = refusal(start(DEFAULT_MODEL="triple"))
         assert "DEFAULT_MODEL=triple: there is no" in line
