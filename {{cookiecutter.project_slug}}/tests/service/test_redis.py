@@ -373,9 +373,8 @@ class TestPasswords:
     def test_nor_in_the_refusal_of_a_wrong_url(self, start: Start, url: str) -> None:
         service = start(REDIS_URL=url)
         assert service.exit_code() != 0
-        [line] = service.log.splitlines()
-        assert "REDIS_URL" in line
-        assert "tuna" not in line
+        assert len([line for line in service.log.splitlines() if "REDIS_URL" in line]) == 1
+        assert "tuna" not in service.log
 
     def test_nor_in_what_is_told_of_a_failure_if_it_is_an_option(self) -> None:
         async def test() -> None:
@@ -412,9 +411,8 @@ class TestPasswords:
     ) -> None:
         service = start(REDIS_URL=f"{scheme}://:swordfish@127.0.0.1:1")
         assert service.exit_code() != 0
-        [line] = service.log.splitlines()
-        assert "REDIS_URL" in line
-        assert "swordfish" not in line
+        assert len([line for line in service.log.splitlines() if "REDIS_URL" in line]) == 1
+        assert "swordfish" not in service.log
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

@@ -385,7 +385,7 @@ class TestImports:
     def test_gunicorns_own_process_has_none_of_the_large_packages(self) -> None:
         large = {"asyncio", "ctypes", "fastapi", "multiprocessing", "opentelemetry", "pydantic"}
         ran = python(f"""
-os.environ |= {{"PORT": "8081", "SHUTDOWN_GRACE_S": "20", "LOG_LEVEL": "INFO"}}
+os.environ.update(PORT="8081", SHUTDOWN_GRACE_S="20", LOG_LEVEL="INFO")
 import logging.config, runpy
 import gunicorn.app.wsgiapp, app.worker
 settings = runpy.run_path("gunicorn.conf.py")
