@@ -195,7 +195,11 @@ class Runner:
             running = instance.submit(rows)
             instance.running += 1
             running.add_done_callback(partial(_tell, loop, partial(self._ran, instance, answer)))
-        return answer
+        try:
+            return answer
+        finally:
+            # An error of it knows this frame as well, by the one that it was raised in.
+            del answer
 
     def _run_inline(
         self, predictor: Predictor, rows: Rows, answer: asyncio.Future[Sequence[Outcome]]
@@ -207,6 +211,8 @@ class Runner:
             self.last_success = monotonic()
         except PredictionFailed as error:
             self._fail(answer, error)
+            # The error knows this frame, which is not to know the error.
+            del answer
         self._note_pace(perf_counter() - started)
 
     def _note_pace(self, seconds: float) -> None:

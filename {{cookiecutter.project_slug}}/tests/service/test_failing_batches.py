@@ -2,7 +2,10 @@
 
 import asyncio
 import gc
+import weakref
 from collections.abc import Sequence
+from contextvars import Context
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -292,5 +295,53 @@ def test_a_failure_leaves_nothing_for_the_garbage_collector() -> None:
         gc.collect()
         await fail()
         assert gc.collect() == 0
+
+    run(test())
+
+
+def test_what_a_failed_run_had_at_hand_is_gone_by_the_next() -> None:
+    class Array:
+        pass
+
+    def failed(arrays: "weakref.WeakSet[Array]") -> PredictionFailed:
+        array = Array()
+        arrays.add(array)
+        try:
+            raise PredictionFailed("poisoned")
+        except PredictionFailed as error:
+            return error
+
+    async def test() -> None:
+        arrays: weakref.WeakSet[Array] = weakref.WeakSet()
+        alive = []
+        # Raised out here: the frames of a run know what it answers with.
+        errors = [failed(arrays)]
+
+        def inline(rows: list[Any]) -> "asyncio.Future[Sequence[Any]]":
+            alive.append(len(arrays))
+            done: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
+            if len(rows) > 1:
+                done.set_exception(errors.pop())
+            else:
+                done.set_result(rows)
+            return done
+
+        collecting = collector(inline)
+        assert await asyncio.gather(*[submit(collecting, row) for row in range(2)]) == [[0], [1]]
+        assert alive == [1, 0, 0]
+
+    run(test())
+
+
+def test_a_trace_that_cannot_be_ended_costs_no_slot() -> None:
+    async def test() -> None:
+        told: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, fault: told.append(fault))
+        collecting = collector(Model())
+        trace = SimpleNamespace(context=Context(), end=None)
+        collecting.tracer = SimpleNamespace(request=lambda: None, batch=lambda _: trace)
+        for row in range(2):
+            assert await submit(collecting, row) == [f"{row}!"]
+        assert len(told) == 2
 
     run(test())

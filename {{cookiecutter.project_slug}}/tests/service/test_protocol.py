@@ -54,6 +54,9 @@ class Connection(asyncio.Transport):
         self.is_paused = True
 
 
+Test = Callable[[Protocol, Connection], Coroutine[Any, Any, None]]
+
+
 def test_who_asks_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not who asked again before that, whose answer takes long."""
     now = 1000.0
@@ -252,12 +255,8 @@ def test_a_list_may_be_in_several_lines_and_the_last_counts(
     assert _priority(headers_of([(b"host", b"x"), *headers, (b"host", b"y")])) == priority
 
 
-class TestUnfinished:
-    """Requests that do not get on, and who sends none."""
-
-    HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
-    CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-    PIECE = b"x" * (HEAD_BYTES // 4)
+class Connected:
+    """One connection to an app, and a clock that stands still."""
 
     now = 0.0
 
@@ -266,14 +265,8 @@ class TestUnfinished:
         for module in ("intake", "protocol"):
             monkeypatch.setattr(f"app.{module}.monotonic", lambda: self.now)
 
-    def run(self, test: Callable[[Protocol, Connection], Coroutine[Any, Any, None]]) -> None:
-        """With an app that answers when all of a body is there."""
-
-        async def answer(exchange: Exchange) -> None:
-            while exchange.more_body:
-                await exchange.message_event.wait()
-                exchange.message_event.clear()
-            exchange.respond(200, b"content-length: 0\r\n", b"")
+    def connect(self, answer: Callable[[Exchange], Coroutine[Any, Any, None]], test: Test) -> None:
+        """With an app that goes by `answer`, and answers to a GET with nothing."""
 
         class App:
             plain_paths: ClassVar = {b"/": "/"}
@@ -286,14 +279,36 @@ class TestUnfinished:
                 await send({"type": "http.response.body"})
 
         async def run() -> None:
+            told: list[dict[str, Any]] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, fault: told.append(fault))
             config = Config(App(), http=Protocol, proxy_headers=False, timeout_keep_alive=75)
             config.load()
             protocol, connection = Protocol(config, ServerState(), {}), Connection()
             protocol.connection_made(connection)
             await test(protocol, connection)
             protocol.connection_lost(None)
+            assert not told
 
         asyncio.run(run())
+
+
+class TestUnfinished(Connected):
+    """Requests that do not get on, and who sends none."""
+
+    HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+    CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    PIECE = b"x" * (HEAD_BYTES // 4)
+
+    def run(self, test: Test) -> None:
+        """With an app that answers when all of a body is there."""
+
+        async def answer(exchange: Exchange) -> None:
+            while exchange.more_body:
+                await exchange.message_event.wait()
+                exchange.message_event.clear()
+            exchange.respond(200, b"content-length: 0\r\n", b"")
+
+        self.connect(answer, test)
 
     async def send(self, protocol: Protocol, connection: Connection, *pieces: bytes) -> None:
         for piece in pieces:
@@ -418,21 +433,14 @@ class TestUnfinished:
         self.run(test)
 
 
-class TestNoTime:
+class TestNoTime(Connected):
     """What comes when there is no more time in this turn of the event loop."""
-
-    now = 0.0
-
-    @pytest.fixture(autouse=True)
-    def _clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in ("intake", "protocol"):
-            monkeypatch.setattr(f"app.{module}.monotonic", lambda: self.now)
 
     def use_up_the_time(self) -> None:
         Protocol.intake.has_time(self.now, asyncio.get_running_loop())
         self.now += LONGEST_S
 
-    def run(self, test: Callable[[Protocol, Connection], Coroutine[Any, Any, None]]) -> None:
+    def run(self, test: Test) -> None:
         """With an app that answers with the body, and to a GET with nothing."""
 
         async def answer(exchange: Exchange) -> None:
@@ -443,29 +451,11 @@ class TestNoTime:
             )
             exchange.respond(200, header, content)
 
-        class App:
-            plain_paths: ClassVar = {b"/": "/"}
-
-            def begin(self, exchange: Exchange, **_: bool) -> Coroutine[Any, Any, None]:
-                return answer(exchange)
-
-            async def __call__(self, _: Any, __: Any, send: Any) -> None:
-                await send({"type": "http.response.start", "status": 204})
-                await send({"type": "http.response.body"})
-
-        async def run() -> None:
-            told: list[dict[str, Any]] = []
-            asyncio.get_running_loop().set_exception_handler(lambda _, fault: told.append(fault))
-            config = Config(App(), http=Protocol, proxy_headers=False, timeout_keep_alive=75)
-            config.load()
-            protocol, connection = Protocol(config, ServerState(), {}), Connection()
-            protocol.connection_made(connection)
+        async def later(protocol: Protocol, connection: Connection) -> None:
             self.use_up_the_time()
             await test(protocol, connection)
-            protocol.connection_lost(None)
-            assert not told
 
-        asyncio.run(run())
+        self.connect(answer, later)
 
     def test_waits_for_the_next_turn_and_its_time_counts(self) -> None:
         async def test(protocol: Protocol, connection: Connection) -> None:

@@ -1,9 +1,11 @@
 """Where a model runs: on its threads, or on the event loop as long as that is quick."""
 
 import asyncio
+import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from time import sleep
@@ -321,3 +323,34 @@ class TestFaults:
             runner.close()
 
         run(test)
+
+
+def test_what_a_failed_run_had_at_hand_goes_with_its_error() -> None:
+    class Array:
+        pass
+
+    arrays: weakref.WeakSet[Array] = weakref.WeakSet()
+
+    class Fails(Here):
+        # A thread may hold it for a moment longer.
+        runs_inline = True
+
+        def do(self) -> None:
+            array = Array()
+            arrays.add(array)
+            raise ValueError("full")
+
+    async def test() -> None:
+        runner = await loaded(Fails)
+        gc.disable()
+        try:
+            failed = runner.run([Features()])
+            assert len(arrays) == 1
+            assert failed.exception()
+            del failed
+            assert not arrays
+        finally:
+            gc.enable()
+            runner.close()
+
+    run(test)
